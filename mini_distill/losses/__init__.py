@@ -1,0 +1,1 @@
+"""Pure functions on tensors. Imports torch only."""

@@ -1,4 +1,4 @@
-"""Shift and count: the one place where each is done.
+"""Shift, mask, count and precision: the one place where each is done.
 
 Axes: B batch, S sequence, V vocabulary, N supervised positions of the whole batch.
 """
@@ -43,3 +43,8 @@ def supervised_targets(labels: Tensor) -> Tensor:
 def count_valid_tokens(labels: Tensor) -> Tensor:
     """Supervised tokens of a batch, as an int64 scalar tensor (on the labels' device, so that nothing waits for it)."""
     return loss_mask(labels).sum()
+
+
+def at_least_float32(logits: Tensor) -> Tensor:
+    """float32 for anything narrower; float64 stays, so that references can be computed with the same code."""
+    return logits if logits.dtype == torch.float64 else logits.float()

@@ -1,0 +1,344 @@
+"""Everything a run holds, put together from its configuration: processes, models, data, objective, optimizer, folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .config import Config, ObjectiveConfig
+from .data.loader import TrainingBatches, evaluation_batches
+from .data.prepare import PreparedData, prepare_data
+from .data.tokenizers import check_same_tokenizer, tokenizer_fingerprint
+from .errors import ConfigError, DistributedError, ModelError
+from .evaluation.evaluator import Evaluator
+from .losses import divergences
+from .losses.objective import Objective
+from .models.head import LanguageModel
+from .models.identity import weights_fingerprint
+from .models.loading import embedded_path, load_causal_lm, load_tokenizer
+from .students.build import build_student
+from .teachers.online import OnlineTeacher
+from .training.checkpoint import Checkpoints, compare_fingerprints, load_optimizer, optimizer_to_tensors
+from .training.optimizer import build_optimizer
+from .training.progress import TrainingProgress
+from .training.run_folder import RunFolder
+from .training.signals import StopRequest
+from .training.tracking import Tracker, open_tracker
+
+
+@dataclasses.dataclass
+class Distillation:
+    """A run, ready to step.
+
+    Attributes:
+        config: The run's settings.
+        run: Its folder.
+        accelerator: The processes and devices.
+        tokenizer: Shared by teacher and student.
+        teacher: None when there is none.
+        language_model: The student, bare.
+        student: The student as the processes wrap it; what a step calls.
+        data: Training and held-out sequences.
+        batches: The order of the training sequences.
+        objective: The loss.
+        optimizer: AdamW over the student's parameters.
+        evaluator: Measures the student over held-out text; None without any.
+        checkpoints: What has been saved.
+        tracker: Where metrics go besides metrics.jsonl.
+        fingerprints: What may not change between a run and its resumption.
+    """
+
+    config: Config
+    run: RunFolder
+    accelerator: Accelerator
+    tokenizer: PreTrainedTokenizerBase
+    teacher: OnlineTeacher | None
+    language_model: LanguageModel
+    student: nn.Module
+    data: PreparedData
+    batches: TrainingBatches
+    objective: Objective
+    optimizer: torch.optim.AdamW
+    evaluator: Evaluator | None
+    checkpoints: Checkpoints
+    tracker: Tracker
+    fingerprints: dict[str, Any]
+    best: dict[str, float] = dataclasses.field(default_factory=dict)  # {"value": …, "step": …}
+
+    @property
+    def student_model(self) -> PreTrainedModel:
+        """The student as transformers knows it."""
+        return self.language_model.model
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """The student's metrics over held-out text; empty without any."""
+        return self.evaluator(self.student_model, step) if self.evaluator is not None else {}
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """One row of metrics.jsonl, and the tracker."""
+        self.run.log_metrics(step, metrics)
+        self.tracker.log(step, metrics)
+
+    def progress(self, last_step: int) -> TrainingProgress:
+        """The live line of the training loop."""
+        return TrainingProgress(self.config.trainer.max_steps, last_step + 1, self.accelerator.is_main_process)
+
+    def agree_on(self, count: Tensor, flag: bool) -> tuple[Tensor, bool]:
+        """The sum of `count` over processes (at least 1, so that an empty step divides nothing by zero), and whether any
+        process raised `flag`. One exchange for both."""
+        if self.accelerator.num_processes == 1:
+            return count.clamp(min=1), flag
+        both = torch.stack([count.double(), torch.tensor(float(flag), dtype=torch.float64, device=count.device)])
+        total = self.accelerator.reduce(both, "sum")
+        return total[0].clamp(min=1), bool(total[1].item() > 0)
+
+    # -------------------------------------------------------------------------------------------------- saving and going on
+
+    def note_if_best(self, step: int, metrics: dict[str, float]) -> bool:
+        """Whether this step's evaluation is the best so far by `evaluation.best_metric`."""
+        value = metrics.get(self.config.evaluation.best_metric)
+        if value is None:
+            return False
+        lowest = self.config.evaluation.best_is == "lowest"
+        if not self.best or (value < self.best["value"] if lowest else value > self.best["value"]):
+            self.best = {"value": value, "step": step}
+            return True
+        return False
+
+    def save(self, step: int) -> None:
+        """A checkpoint from which the run goes on as if it had not stopped.
+
+        Learning rate, data position and random numbers are functions of the step and the seed, so weights, optimizer and
+        step are all there is to save.
+        """
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            optimizer_tensors, optimizer_state = optimizer_to_tensors(self.optimizer, self.student_model)
+            self.checkpoints.save(
+                step,
+                {"model": self.student_model.state_dict(), "optimizer": optimizer_tensors},
+                {"step": step, "optimizer": optimizer_state, "best": self.best, "fingerprints": self.fingerprints},
+                best=self.best.get("step") == step,
+            )
+            self.run.set_step(step)
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> int:
+        """Load the newest good checkpoint, if there is one, and give its step; 0 for a new run.
+
+        Raises:
+            ConfigError: settings, data, tokenizer or teacher differ from those of the checkpoint.
+        """
+        folder = self.config.resume
+        checkpoint = self.checkpoints.newest() if folder in ("auto", "never") else self.checkpoints.at(folder)
+        if checkpoint is None:
+            return 0
+        compare_fingerprints(checkpoint.state["fingerprints"], self.fingerprints, self.config.resume_allow)
+        self.student_model.load_state_dict(checkpoint.tensors("model"), strict=False)
+        load_optimizer(self.optimizer, self.student_model, checkpoint.tensors("optimizer"), checkpoint.state["optimizer"])
+        self.best = checkpoint.state["best"]
+        self.run.truncate_metrics(checkpoint.step)
+        return checkpoint.step
+
+
+# ----------------------------------------------------------------------------------------------------------- putting it together
+
+
+@contextmanager
+def open_run(config: Config) -> Iterator[tuple[RunFolder, StopRequest]]:
+    """The run's folder, locked, and the handler of SIGTERM and Ctrl-C."""
+    assert config.output_dir is not None
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    with RunFolder(config.output_dir, dataclasses.asdict(config), resume=config.resume, is_main=is_main) as run, StopRequest() as stop:
+        yield run, stop
+
+
+def prepare(config: Config, run: RunFolder) -> Distillation:
+    """Load, build and check everything, the cheap things first."""
+    accelerator = start_processes(config)
+    objective_function = load_divergence(config.objective)
+    tracker = open_tracker(config.tracking, run.path, dataclasses.asdict(config), accelerator.is_main_process)
+    teacher_model = load_teacher(config, accelerator.device)
+    tokenizer = load_shared_tokenizer(config)
+    with accelerator.main_process_first():
+        data = prepare_data(config.data, tokenizer, show_progress=accelerator.is_main_process)
+
+    student_model = build_student(config.student, teacher=teacher_model, tokenizer=tokenizer, seq_len=config.data.seq_len, seed=config.seed)
+    for where, model in (("teacher", teacher_model), ("student", student_model)):
+        check_vocabulary(model, tokenizer, where)
+    teacher = OnlineTeacher(teacher_model) if teacher_model is not None else None
+    language_model = LanguageModel(student_model.to(accelerator.device)).train()
+    student = ready_to_train(language_model, config, accelerator)
+    trainer = config.trainer
+    return Distillation(
+        config=config,
+        run=run,
+        accelerator=accelerator,
+        tokenizer=tokenizer,
+        teacher=teacher,
+        language_model=language_model,
+        student=student,
+        data=data,
+        batches=TrainingBatches(
+            data.train,
+            seed=config.seed,
+            micro_batch_size=trainer.micro_batch_size,
+            grad_accum_steps=trainer.grad_accum_steps,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            num_workers=config.data.num_workers,
+            pin_memory=accelerator.device.type == "cuda",
+        ),
+        objective=build_objective(config.objective, objective_function, len(tokenizer)),
+        optimizer=build_optimizer(language_model, trainer),
+        evaluator=build_evaluator(config, accelerator, data, teacher_model, tokenizer),
+        checkpoints=Checkpoints(run.path / "checkpoints", keep=trainer.keep_checkpoints),
+        tracker=tracker,
+        fingerprints={
+            "config": dataclasses.asdict(config),
+            "global_batch_size": trainer.micro_batch_size * trainer.grad_accum_steps * accelerator.num_processes,
+            "data": data.fingerprint_parts,
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "teacher": weights_fingerprint(teacher_model) if teacher_model is not None else None,
+        },
+    )
+
+
+def start_processes(config: Config) -> Accelerator:
+    """The process group, device and precision.
+
+    Raises:
+        DistributedError: more processes were launched than joined the group.
+    """
+    if config.trainer.num_threads is not None:
+        torch.set_num_threads(config.trainer.num_threads)
+    on_gpu = torch.cuda.is_available()
+    precision = config.trainer.precision
+    if precision == "auto":
+        precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
+    accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=not on_gpu)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise DistributedError(
+            "torch.distributed",
+            f"{launched} processes were launched, but the group has {accelerator.num_processes}",
+            "Start with torchrun --nproc_per_node N -m mini_distill.train.",
+        )
+    return accelerator
+
+
+def load_teacher(config: Config, device: torch.device) -> PreTrainedModel | None:
+    """The teacher on its device, in its dtype; None for `teacher=none`."""
+    teacher = config.teacher
+    if teacher.kind == "none":
+        return None
+    dtype = teacher.dtype if teacher.dtype != "auto" else ("float32" if device.type == "cpu" else "bfloat16")
+    model = load_causal_lm(
+        str(embedded_path()) if teacher.kind == "embedded" else teacher.path,
+        revision=teacher.revision,
+        dtype=dtype,
+        attn_implementation=teacher.attn_implementation,
+        trust_remote_code=teacher.trust_remote_code,
+        gated=teacher.gated,
+        where="teacher.path",
+    )
+    return model.to(device if teacher.device == "auto" else teacher.device)
+
+
+def load_shared_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """The one tokenizer of teacher and student.
+
+    Raises:
+        ModelError: an hf student brings another tokenizer than the teacher's.
+    """
+    teacher, student = config.teacher, config.student
+    own = None
+    if student.kind == "hf":
+        own = load_tokenizer(student.path, revision=student.revision, trust_remote_code=student.trust_remote_code, where="student.path")
+    if teacher.kind == "none":
+        return own if own is not None else load_tokenizer(student.tokenizer, where="student.tokenizer")
+    path = str(embedded_path()) if teacher.kind == "embedded" else teacher.path
+    tokenizer = load_tokenizer(path, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code, where="teacher.path")
+    if own is not None:
+        check_same_tokenizer(tokenizer, own, where="student.path")
+    return tokenizer
+
+
+def check_vocabulary(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Every token of the tokenizer needs an embedding; more embeddings than tokens (padding) are fine."""
+    if model is not None and (rows := model.get_input_embeddings().weight.shape[0]) < len(tokenizer):
+        raise ModelError(f"{where}.path", f"the tokenizer has {len(tokenizer)} tokens, the model embeds {rows}", "Use the model's own tokenizer.")
+
+
+def ready_to_train(language_model: LanguageModel, config: Config, accelerator: Accelerator) -> nn.Module:
+    """The student as the processes call it."""
+    if config.trainer.gradient_checkpointing:
+        language_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.trainer.compile:
+        language_model.model.base_model.compile()  # in place: names in the state dict stay
+    return accelerator.prepare_model(language_model)
+
+
+def load_divergence(config: ObjectiveConfig) -> Callable[..., Tensor]:
+    """The divergence by name, or a user's own by import path.
+
+    Raises:
+        ConfigError: the import path leads nowhere.
+    """
+    if "." not in config.divergence:
+        return getattr(divergences, config.divergence)
+    module, _, name = config.divergence.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError("objective.divergence", f"cannot import '{config.divergence}' ({error})", "Give package.module.function.") from error
+
+
+def build_objective(config: ObjectiveConfig, divergence: Callable[..., Tensor], vocab_size: int) -> Objective:
+    """The loss of the configuration over the tokenizer's own vocabulary."""
+    return Objective(
+        divergence,
+        config.divergence.rsplit(".", 1)[-1],
+        config.divergence_options,
+        vocab_size=vocab_size,
+        temperature=config.temperature,
+        scale_by_temperature_squared=config.scale_by_temperature_squared,
+        kl_weight=config.kl_weight,
+        ce_weight=config.ce_weight,
+    )
+
+
+def build_evaluator(
+    config: Config, accelerator: Accelerator, data: PreparedData, teacher: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase
+) -> Evaluator | None:
+    """The evaluation hooks over held-out text; None when none is held out."""
+    held_out = data.held_out
+    if held_out is None:
+        return None
+
+    def batches() -> Iterator[Any]:
+        evaluation = config.evaluation
+        return evaluation_batches(
+            held_out, evaluation.batch_size, evaluation.max_batches, accelerator.process_index, accelerator.num_processes
+        )
+
+    return Evaluator(
+        config.evaluation,
+        held_out=held_out,
+        batches=batches,
+        teacher=teacher,
+        tokenizer=tokenizer,
+        device=accelerator.device,
+        autocast=accelerator.autocast,
+        gather_sum=lambda value: accelerator.reduce(value, "sum"),
+        show_progress=accelerator.is_main_process,
+    )

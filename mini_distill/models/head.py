@@ -1,0 +1,98 @@
+"""A causal LM cut into its trunk and its output head, so that only supervised positions reach the vocabulary.
+
+With a vocabulary of 128k entries and prompts in the batch, most of the time and memory of a naive step goes into logits that
+nobody looks at. Axes: B batch, S sequence, N supervised positions of the batch, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..data.batch import Batch
+from ..errors import ModelError
+from ..losses.reduction import loss_mask
+
+
+class OutputHead:
+    """Everything a model does between its last hidden state and its logits: head, bias, scaling, soft-capping.
+
+    Args:
+        module: The output embedding; called, not copied, so that tied, quantised or adapted heads stay what they are.
+        scale: Factor on the logits (Cohere's `logit_scale`, one over Granite's `logits_scaling`).
+        softcap: Bound c of c · tanh(logits / c) (Gemma 2), or None.
+    """
+
+    def __init__(self, module: nn.Module, scale: float = 1.0, softcap: float | None = None) -> None:
+        self.module, self.scale, self.softcap = module, scale, softcap
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> OutputHead:
+        """The head of `model`, from its configuration.
+
+        Raises:
+            ModelError: the model has no output embedding.
+        """
+        config = model.config.get_text_config()
+        module = model.get_output_embeddings()
+        if module is None:
+            raise ModelError(type(model).__name__, "has no output head", "Use a causal language model.")
+        scale = getattr(config, "logit_scale", None) or 1.0
+        scale = scale / (getattr(config, "logits_scaling", None) or 1.0)
+        return cls(module, scale, getattr(config, "final_logit_softcapping", None))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`(…, hidden)` -> `(…, vocab)`: the model's own logits."""
+        logits = self.module(hidden)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+
+class LanguageModel(nn.Module):
+    """A causal LM that answers a batch with hidden states or logits at its supervised positions only.
+
+    It is the module that training wraps (DDP, FSDP): whatever the loss needs comes out of its `forward`, so that gradients are
+    reduced over processes.
+
+    Args:
+        model: Any causal LM of transformers whose logits are its head applied to its trunk's last hidden state.
+        where: The setting to name in errors.
+
+    Raises:
+        ModelError: trunk and head together do not give the model's own logits.
+    """
+
+    def __init__(self, model: PreTrainedModel, where: str = "student.path") -> None:
+        super().__init__()
+        self.model = model
+        self.head = OutputHead.of(model)
+        self._check_head(where)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """The head's input at the supervised positions: `(supervised, hidden)`, in row-major order."""
+        trunk = self.model.base_model
+        hidden = trunk(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).last_hidden_state  # (B, S, H)
+        return hidden[loss_mask(batch.labels)]  # (N, H)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The logits that predict the supervised tokens: `(supervised, vocab)`."""
+        return self.head.logits(self.hidden(batch))
+
+    @torch.no_grad()
+    def _check_head(self, where: str) -> None:
+        """Compare with the model's own logits on a few tokens: an unknown scaling must be refused, not trained against."""
+        device = next(self.model.parameters()).device
+        vocab = self.model.config.get_text_config().vocab_size
+        ids = (torch.arange(8, device=device) * 7919 % vocab).unsqueeze(0)
+        training = self.model.training
+        self.model.eval()
+        own = self.model(input_ids=ids, use_cache=False).logits
+        ours = self.head.logits(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+        self.model.train(training)
+        if not torch.allclose(own.float(), ours.float(), rtol=1e-3, atol=1e-3 * max(1.0, own.float().abs().max().item())):
+            worst = (own.float() - ours.float()).abs().max().item()
+            raise ModelError(where, f"{type(self.model).__name__} changes its logits in a way that is not known here (worst difference {worst:.3g})", "Use another architecture.")

@@ -1,0 +1,149 @@
+"""Distillation: a student learns a teacher's distribution. Read from top to bottom.
+
+    python -m mini_distill.train                                              the embedded default
+    python -m mini_distill.train teacher=hf teacher.path=… data=text data.path=…
+    torchrun --nproc_per_node 2 -m mini_distill.train                         several processes
+
+train → training_loop → optimizer_step → distill_step → losses/objective.py → losses/divergences.py
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":  # --help and configuration errors are answered before torch is imported
+    from mini_distill.cli import run_command
+
+    run_command("mini_distill.train:train")  # imports this module by its name, and does not return
+
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from .config import Config
+from .data.batch import Batch
+from .losses.objective import Objective, ObjectiveSums
+from .losses.reduction import count_valid_tokens, supervised_targets
+from .teachers.online import OnlineTeacher
+from .training.numerics import add_terms, check_finite, clip_gradient, step_metrics
+from .training.optimizer import learning_rate, set_learning_rate
+from .training.randomness import seed_step
+from .result import already_finished, write_result
+from .distillation import Distillation, open_run, prepare
+from .training.signals import StopRequest
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Distil `config.teacher` into `config.student` and write the run's folder.
+
+    The same call again goes on where an interrupted run stopped, and does nothing more when it had finished.
+
+    Returns:
+        The run's summary: every final number, keyed like the metrics.
+
+    Raises:
+        MiniDistillError: any problem that is the user's to mend, each kind with its exit code.
+        Preempted: SIGTERM or Ctrl-C; the run is saved.
+    """
+
+    with open_run(config) as (run, stop):
+        d = prepare(config, run)  # tokenizer, teacher, student, data, objective, optimizer
+        last_step = d.resume()  # 0 for a new run
+        if (summary := already_finished(d, last_step)) is not None:
+            return summary
+        if last_step == 0:
+            d.log(0, d.evaluate(step=0))  # the student before
+        training_loop(d, last_step, stop)
+        return write_result(d)  # student/, summary.json, the model card and the final table
+
+
+def training_loop(d: Distillation, last_step: int, stop: StopRequest) -> None:
+    """Optimizer steps `last_step + 1` to `trainer.max_steps`: step, evaluate, log, save.
+
+    The data of a step, its learning rate and its random numbers are functions of the seed and the step, so that a run that was
+    stopped anywhere, and goes on from a checkpoint, is the run that was never stopped.
+    """
+    trainer = d.config.trainer
+    batches = d.batches.steps(first_step=last_step + 1)
+    with d.progress(last_step) as progress:
+        for step in range(last_step + 1, trainer.max_steps + 1):
+            seed_step(d.config.seed, step, d.accelerator.process_index)
+            micro_batches = [batch.to(d.accelerator.device) for batch in next(batches)]
+            is_last = step == trainer.max_steps
+
+            metrics, stop_now = optimizer_step(d, micro_batches, step, stop_requested=stop.requested)
+            progress.update(step, metrics)
+
+            if is_last or _due(step, trainer.eval_every):
+                metrics |= d.evaluate(step)
+            if is_last or stop_now or _due(step, trainer.log_every) or "eval/tokens" in metrics:
+                d.log(step, metrics)
+            is_best = d.note_if_best(step, metrics)
+            if is_last or stop_now or is_best or _due(step, trainer.save_every):
+                d.save(step)
+            if stop_now and not is_last:
+                raise stop.preempted(step)
+
+
+def optimizer_step(d: Distillation, micro_batches: list[Batch], step: int, stop_requested: bool = False) -> tuple[dict[str, float], bool]:
+    """One update of the student from this process's micro-batches.
+
+    The gradient is that of Σ loss / N, where N counts the supervised tokens of *all* micro-batches on *all* processes: however
+    the same sequences are cut into micro-batches and processes, the gradient is the same. (A mean per micro-batch, as several
+    trainers took, gives short answers more weight than long ones.)
+
+    Returns:
+        The step's metrics, and whether any process was asked to stop.
+
+    Raises:
+        NumericsError: loss or gradient is not finite on any process; the student is not updated.
+    """
+    num_valid_tokens, stop_now = d.agree_on(sum(count_valid_tokens(batch.labels) for batch in micro_batches), stop_requested)
+
+    autocast = d.accelerator.autocast
+    sums: dict[str, Tensor] = {}
+    for micro_step, batch in enumerate(micro_batches):
+        is_last = micro_step == len(micro_batches) - 1
+        with nullcontext() if is_last else d.accelerator.no_sync(d.student):  # gradients are exchanged once a step
+            result = distill_step(d.student, d.teacher, batch, d.objective, autocast)
+            # DDP averages gradients over processes; the sum is meant.
+            d.accelerator.backward(result.loss * d.accelerator.num_processes / num_valid_tokens)
+        add_terms(sums, result)
+
+    grad_norm = clip_gradient(d.student, d.config.trainer.max_grad_norm)
+    row_loss = partial(distill_step, d.language_model, d.teacher, objective=d.objective, autocast=autocast)
+    check_finite(d, sums, grad_norm, micro_batches, step, row_loss)  # the one synchronisation point of the step
+
+    set_learning_rate(d.optimizer, learning_rate(step, d.config.trainer))
+    d.optimizer.step()
+    d.optimizer.zero_grad(set_to_none=True)
+    return step_metrics(d, sums, grad_norm, num_valid_tokens, step), stop_now
+
+
+def distill_step(
+    student: nn.Module, teacher: OnlineTeacher | None, batch: Batch, objective: Objective, autocast: Any = nullcontext
+) -> ObjectiveSums:
+    """Teacher and student meet on the same batch: this is knowledge distillation.
+
+    Both predict the next token at the same supervised positions. The objective compares the two distributions (the divergence)
+    and the student's with the data (the cross-entropy). Prompts and padding never reach the vocabulary.
+
+    Args:
+        student: The `LanguageModel` under training, as wrapped for several processes.
+        teacher: Gives its targets without gradient; None when the objective has no use for one.
+        batch: Sequences with their supervision.
+        objective: `kl_weight · T² · divergence + ce_weight · CE`.
+        autocast: Context of mixed precision.
+
+    Returns:
+        Sums over the batch's supervised tokens, not yet divided by their number.
+    """
+    with autocast():
+        teacher_logits = teacher(batch).logits() if teacher is not None and objective.needs_teacher else None  # (supervised, vocab)
+        student_logits = student(batch)  # (supervised, vocab)
+    return objective(student_logits, teacher_logits, supervised_targets(batch.labels))
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+

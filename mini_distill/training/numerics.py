@@ -1,0 +1,91 @@
+"""Clip, check and report the numbers of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import NumericsError
+from .optimizer import learning_rate
+
+if TYPE_CHECKING:
+    from ..data.batch import Batch
+    from ..losses.objective import ObjectiveSums
+    from ..distillation import Distillation
+
+
+def add_terms(sums: dict[str, Tensor], result: ObjectiveSums) -> None:
+    """Add a micro-batch's sums to the step's; stays on the device."""
+    for name, value in {"loss": result.loss.detach(), **result.terms}.items():
+        sums[name] = sums[name] + value if name in sums else value
+
+
+def clip_gradient(model: nn.Module, max_norm: float | None) -> Tensor:
+    """Clip to `max_norm` (None: never) and give the norm before clipping, a scalar on the device."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    if max_norm is None:
+        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return nn.utils.clip_grad_norm_(parameters, max_norm)
+
+
+def check_finite(
+    d: Distillation,
+    sums: dict[str, Tensor],
+    grad_norm: Tensor,
+    micro_batches: list[Batch],
+    step: int,
+    row_loss: Callable[[Batch], ObjectiveSums],
+) -> None:
+    """Stop before the update when the loss or the gradient is not finite on any process.
+
+    `row_loss` scores single rows again, to find the one at fault.
+
+    Raises:
+        NumericsError: names the step, the term and the rows.
+    """
+    values = torch.stack([*(v.float() for v in sums.values()), grad_norm.float()])
+    bad = (~torch.isfinite(values)).any().float()
+    if d.accelerator.num_processes > 1:
+        bad = d.accelerator.reduce(bad, "sum")
+    if bad.item() == 0:
+        return
+    names = [name for name, value in zip([*sums, "gradient norm"], values.tolist(), strict=True) if not _is_finite(value)]
+    what = f"{', '.join(names)} not finite" if names else "another process met a loss or gradient that is not finite"
+    rows = _rows(d, micro_batches, row_loss)
+    raise NumericsError(
+        f"step {step}",
+        f"{what} (rows {rows}); the student was not updated",
+        "Lower trainer.learning_rate, set trainer.max_grad_norm, use trainer.precision=fp32, or look at these rows.",
+    )
+
+
+def step_metrics(d: Distillation, sums: dict[str, Tensor], grad_norm: Tensor, num_valid_tokens: Tensor, step: int) -> dict[str, float]:
+    """The step's numbers per supervised token over all processes: what was optimised, and each term."""
+    values = torch.stack([v.double() for v in sums.values()])
+    if d.accelerator.num_processes > 1:
+        values = d.accelerator.reduce(values, "sum")
+    means = (values / num_valid_tokens).tolist()
+    return {
+        **{f"train/{name}": value for name, value in zip(sums, means, strict=True)},
+        "train/grad_norm": grad_norm.item(),
+        "train/learning_rate": learning_rate(step, d.config.trainer),
+        "train/tokens": int(num_valid_tokens.item()),
+    }
+
+
+@torch.no_grad()
+def _rows(d: Distillation, micro_batches: list[Batch], row_loss: Callable[[Batch], ObjectiveSums], limit: int = 4) -> str:
+    """The rows whose own loss is not finite; all of the batch when it is the gradient that overflowed."""
+    rows = [row for batch in micro_batches for row in batch.split_rows()]
+    suspects = [int(row.row_ids) for row in rows if not torch.isfinite(row_loss(row).loss)]
+    everyone = [int(row.row_ids) for row in rows]
+    rows = suspects or everyone
+    names = [name for row in rows[:limit] for name in d.data.train.origins(row)[:2]]
+    return ", ".join(names) + (f" and {len(rows) - limit} more" if len(rows) > limit else "")
+
+
+def _is_finite(value: float) -> bool:
+    return value == value and abs(value) != float("inf")
