@@ -1,0 +1,137 @@
+"""Student and teacher on the same held-out text: how good each is, how far apart, how well it knows when it is right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from ..config import EvaluationConfig
+from ..data.batch import Batch
+from ..errors import DataError
+from ..losses.reduction import loss_mask, supervised_targets
+from ..models.head import LanguageModel
+from .hooks import EvaluationContext, load_hooks, run_hooks
+from .isolation import without_side_effects
+from .language_model import Sums, add, measure, metrics, nothing, over_all_processes
+from .samples import Sample, side_by_side
+
+MAX_CHUNK_TOKENS = 1024
+MAX_CHUNK_LOGITS = 2**24
+"""Logits that exist at once for each model: 64 MB in float32, so 1024 tokens of a vocabulary of 16k and 128 of one of 128k."""
+
+
+class Evaluator:
+    """Measures a student against its teacher; to be called as often as wished, without any effect on the training.
+
+    Args:
+        config: What is measured.
+        held_out: The held-out sequences, for the prompts of the samples.
+        batches: Makes a fresh iterator over this process's evaluation batches.
+        teacher: The teacher, or None.
+        tokenizer: The tokenizer of both models. Its length is the number of real tokens: columns beyond it pad an embedding
+            and get no probability.
+        device: Where the student is.
+        autocast: Makes the context of the forward passes (mixed precision, or nothing).
+        gather_sum: Sums a float64 tensor over all processes; the identity on one.
+        show_progress: Whether to draw a progress bar.
+        output_dir: The folder of the run, for hooks that write something.
+
+    Raises:
+        ConfigError: a hook cannot be imported.
+        ModelError: the teacher's logits are not its head applied to its hidden states.
+    """
+
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        *,
+        held_out: Sequence[Any],
+        batches: Callable[[], Iterable[Batch]],
+        teacher: PreTrainedModel | None,
+        tokenizer: Any,
+        device: torch.device | str,
+        autocast: Callable[[], AbstractContextManager[Any]],
+        gather_sum: Callable[[Tensor], Tensor],
+        show_progress: bool,
+        output_dir: Path | None = None,
+    ) -> None:
+        self.config, self.held_out, self.batches = config, held_out, batches
+        self.teacher, self.tokenizer, self.device = teacher, tokenizer, torch.device(device)
+        self.autocast, self.gather_sum, self.show_progress, self.output_dir = autocast, gather_sum, show_progress, output_dir
+        self.hooks = load_hooks(config.hooks)
+
+    def __call__(self, student: PreTrainedModel, step: int) -> dict[str, float]:
+        """All metrics of `student` after `step` optimizer steps, the same on every process, and those of the hooks.
+
+        Returns:
+            `eval/student_perplexity`, `eval/student_nll` (nats per token), `eval/student_bits_per_byte`, `eval/student_ece`,
+            with a teacher the same of it, `eval/forward_kl`, `eval/reverse_kl` (nats per token, temperature 1) and
+            `eval/top1_agreement` (share of tokens); `eval/tokens`, the supervised tokens measured.
+
+        Raises:
+            DataError: nothing in the held-out text is supervised.
+            ConfigError: a hook fails, or returns something that is no metric.
+        """
+        with without_side_effects(student, self.teacher):
+            sums = over_all_processes(self._sums(student), self.gather_sum)
+            if not sums["tokens"]:
+                raise DataError(
+                    "data.eval_path", "no token of the held-out text is supervised", "Hold out more rows, or check their format."
+                )
+            measured = {f"eval/{name}": value for name, value in metrics(sums).items()}
+            return run_hooks(self.hooks, self._context(student, step)) | measured
+
+    def samples(self, models: dict[str, PreTrainedModel], seed: int) -> list[Sample]:
+        """What each model writes after the same prompts; `models` by the name to print."""
+        return side_by_side(self.config, self.tokenizer, models, self.held_out, seed)
+
+    def _sums(self, student: PreTrainedModel) -> Sums:
+        """This process's totals over its batches."""
+        student_lm = LanguageModel(student, "student")
+        teacher_lm = None if self.teacher is None else LanguageModel(self.teacher, "teacher")
+        total = nothing(self.teacher is not None, self.device)
+        with self.autocast():
+            for batch in self._progress(islice(self.batches(), self.config.max_batches)):
+                for sums in self._measure(student_lm, teacher_lm, batch.to(self.device)):
+                    total = add(total, sums)
+        return total
+
+    def _measure(self, student: LanguageModel, teacher: LanguageModel | None, batch: Batch) -> Iterator[Sums]:
+        """The sums of a batch, a bounded number of supervised positions at a time.
+
+        Each trunk runs once; the heads run chunk by chunk, so that no tensor of tokens × vocabulary outlives its chunk.
+        """
+        vocab = self._real_vocab(student, teacher)
+        size = max(1, min(MAX_CHUNK_TOKENS, MAX_CHUNK_LOGITS // vocab))
+        # position t predicts token t + 1, so the bytes that count are those of token t + 1
+        num_bytes = batch.num_bytes.roll(-1, dims=1)[loss_mask(batch.labels)].split(size)
+        targets = supervised_targets(batch.labels).split(size)
+        student_hidden = student.hidden(batch).split(size)
+        teacher_hidden = () if teacher is None else teacher.hidden(batch.to(_device(teacher))).split(size)
+        for i, hidden in enumerate(student_hidden):
+            student_logits = student.head.logits(hidden)[:, :vocab]
+            teacher_logits = None if teacher is None else teacher.head.logits(teacher_hidden[i])[:, :vocab].to(self.device)
+            yield measure(student_logits, teacher_logits, targets[i], num_bytes[i])
+
+    def _real_vocab(self, *models: LanguageModel | None) -> int:
+        """Columns of the logits that are tokens for everybody: the rest pads an embedding to a round size."""
+        sizes = [model.model.config.get_text_config().vocab_size for model in models if model is not None]
+        return min(len(self.tokenizer), *sizes)
+
+    def _progress(self, batches: Iterable[Batch]) -> Iterable[Batch]:
+        return tqdm(batches, desc="evaluating", unit="batch", total=self.config.max_batches, leave=False, disable=not self.show_progress)
+
+    def _context(self, student: PreTrainedModel, step: int) -> EvaluationContext:
+        return EvaluationContext(student, self.teacher, self.tokenizer, step, self.batches, self.device, self.output_dir, self.gather_sum)
+
+
+def _device(model: LanguageModel) -> torch.device:
+    return next(model.parameters()).device

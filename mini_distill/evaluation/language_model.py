@@ -1,0 +1,127 @@
+"""What held-out text says about a student and its teacher: a pure core on logits, in sums that add up.
+
+Nothing is divided before the end: batches and processes add their sums, and `metrics` divides once by the global number of
+supervised tokens. Logits are softened by nothing here (temperature 1), whatever the objective of the training was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .calibration import calibration_gaps, expected_calibration_error
+
+Sums = dict[str, Tensor]
+"""Float64 totals over supervised tokens, by name; scalars, and `(bins,)` for calibration."""
+
+
+def measure(student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor, num_bytes: Tensor) -> Sums:
+    """The sums of one chunk of supervised positions.
+
+    The log-softmax is taken in float32, whatever the logits came in: bfloat16 can make a divergence negative.
+
+    Args:
+        student_logits: `(tokens, vocab)`, real columns only: no column that merely pads the embedding.
+        teacher_logits: The same of the teacher, or None.
+        targets: `(tokens,)` int64, the token that each position predicts.
+        num_bytes: `(tokens,)`, bytes of UTF-8 text that each target stands for.
+
+    Returns:
+        `tokens`, `bytes` and, for each model, `*_nll` (nats) and `*_calibration`; with a teacher also `forward_kl` =
+        KL(teacher‖student), `reverse_kl` = KL(student‖teacher), both in nats, and `top1_agreement` (tokens).
+    """
+    student = student_logits.float().log_softmax(-1)
+    sums = {
+        "tokens": torch.tensor(float(len(targets)), dtype=torch.float64, device=_wide(targets).device),
+        "bytes": _wide(num_bytes).sum(),
+        **_measure_one("student", student, targets),
+    }
+    if teacher_logits is None:
+        return sums
+    teacher = teacher_logits.float().log_softmax(-1)
+    return {
+        **sums,
+        **_measure_one("teacher", teacher, targets),
+        "forward_kl": _wide(_kl(teacher, student)).sum(),
+        "reverse_kl": _wide(_kl(student, teacher)).sum(),
+        "top1_agreement": _wide(student.argmax(-1) == teacher.argmax(-1)).sum(),
+    }
+
+
+def _measure_one(name: str, log_probs: Tensor, targets: Tensor) -> Sums:
+    nll = -log_probs.gather(-1, targets[:, None])[:, 0]  # (tokens,)
+    top_log_prob, top_token = log_probs.max(-1)
+    gaps = calibration_gaps(_wide(top_log_prob).exp(), _wide(top_token == targets))
+    return {f"{name}_nll": _wide(nll).sum(), f"{name}_calibration": gaps}
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p‖q) of log-probabilities, per token. A token impossible under p adds nothing, also where q has it at -inf too."""
+    difference = torch.where(p == -math.inf, 0.0, p - q)
+    return (p.exp() * difference).sum(-1)
+
+
+def _wide(values: Tensor) -> Tensor:
+    """In float64; Apple's GPUs have none, so there on the CPU."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
+
+
+def nothing(with_teacher: bool, device: torch.device | str = "cpu") -> Sums:
+    """The sums over no token at all, in the layout that every process shares."""
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    logits = torch.zeros(0, 1, device=device)
+    return measure(logits, logits if with_teacher else None, none, none)
+
+
+def add(total: Sums, more: Sums) -> Sums:
+    """Both together, name by name."""
+    return {name: total[name] + more[name] for name in total}
+
+
+def over_all_processes(sums: Sums, gather_sum: Callable[[Tensor], Tensor]) -> Sums:
+    """The totals of all processes, in one exchange.
+
+    Args:
+        sums: This process's totals, in the same layout everywhere.
+        gather_sum: Sums a float64 vector over the processes.
+    """
+    total = gather_sum(torch.cat([value.flatten() for value in sums.values()]))
+    parts = total.split([value.numel() for value in sums.values()])
+    return {name: part.view_as(value) for (name, value), part in zip(sums.items(), parts, strict=True)}
+
+
+def metrics(sums: Sums) -> dict[str, float]:
+    """The means, perplexities and calibration errors of global totals.
+
+    Args:
+        sums: Totals over all batches and processes, with at least one token.
+
+    Returns:
+        `tokens`, and for each model `*_perplexity`, `*_nll` (nats per token), `*_bits_per_byte` (left out where no token
+        stands for text), `*_ece`; with a teacher `forward_kl`, `reverse_kl` (nats per token), `top1_agreement` (share).
+    """
+    num_tokens, num_bytes = sums["tokens"].item(), sums["bytes"].item()
+    found = {"tokens": num_tokens}
+    for name in ("student", "teacher"):
+        if f"{name}_nll" in sums:
+            nll = sums[f"{name}_nll"].item()
+            found[f"{name}_perplexity"] = perplexity(nll / num_tokens)
+            found[f"{name}_nll"] = nll / num_tokens
+            if num_bytes:
+                found[f"{name}_bits_per_byte"] = nll / math.log(2) / num_bytes
+            found[f"{name}_ece"] = expected_calibration_error(sums[f"{name}_calibration"], num_tokens)
+    for name in ("forward_kl", "reverse_kl", "top1_agreement"):
+        if name in sums:
+            found[name] = sums[name].item() / num_tokens
+    return found
+
+
+def perplexity(nll: float) -> float:
+    """exp(nats per token), infinite where a float64 cannot hold it."""
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf

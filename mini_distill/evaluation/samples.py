@@ -1,0 +1,172 @@
+"""What the models write after the same prompts, side by side."""
+
+from __future__ import annotations
+
+import textwrap
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from ..config import EvaluationConfig
+from .isolation import without_side_effects
+
+PROMPT_TOKENS = 24
+DIM, RESET = "\x1b[2m", "\x1b[0m"
+JOINERS = "\u200c\u200d"
+"""Invisible, but Persian, Hindi and many emoji are misspelt without them."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt and how each model goes on.
+
+    Attributes:
+        prompt: As text.
+        continuations: Model's name -> text, in the order in which the models were given.
+    """
+
+    prompt: str
+    continuations: dict[str, str]
+
+
+def side_by_side(
+    config: EvaluationConfig, tokenizer: Any, models: dict[str, PreTrainedModel | None], held_out: Sequence[Any], seed: int
+) -> list[Sample]:
+    """Let every model continue every prompt.
+
+    The prompts are `config.prompts`, or the beginnings of held-out sequences; always the same ones. Generation is greedy, or
+    sampled with `config.sampling_temperature` from the plain distribution; it ends at an end-of-sequence token. The global
+    random state is left as it was.
+
+    Args:
+        config: Prompts, `num_samples`, `sample_tokens`, `sampling_temperature`.
+        tokenizer: The tokenizer of all models.
+        models: By the name to show; None (no teacher) is left out.
+        held_out: Sequences with `input_ids` and `position_ids`.
+        seed: Of sampling; each model starts from it at each prompt.
+    """
+    present = {name: model for name, model in models.items() if model is not None}
+    samples = []
+    for prompt_ids in _prompts(config, tokenizer, held_out):
+        texts = {name: _continue(model, tokenizer, prompt_ids, config, seed) for name, model in present.items()}
+        samples.append(Sample(_decode(tokenizer, prompt_ids), texts))
+    return samples
+
+
+def _prompts(config: EvaluationConfig, tokenizer: Any, held_out: Sequence[Any]) -> Iterator[list[int]]:
+    if config.num_samples == 0:
+        return
+    if config.prompts:
+        for text in config.prompts[: config.num_samples]:
+            yield tokenizer(text).input_ids or [tokenizer.eos_token_id or 0]
+        return
+    count = min(config.num_samples, len(held_out))
+    for i in range(count):  # evenly spread, so that they are not all from one document
+        yield _beginning(held_out[i * len(held_out) // count])
+
+
+def _beginning(sequence: Any) -> list[int]:
+    """The first tokens of a sequence's first document."""
+    ids, positions = torch.as_tensor(sequence.input_ids), torch.as_tensor(sequence.position_ids)
+    restarts = (positions[1:] == 0).nonzero()
+    end = int(restarts[0]) + 1 if len(restarts) else len(ids)
+    return ids[: min(PROMPT_TOKENS, end)].tolist()
+
+
+def _continue(model: PreTrainedModel, tokenizer: Any, prompt_ids: list[int], config: EvaluationConfig, seed: int) -> str:
+    """The text that `model` adds to the prompt, without special tokens."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or len(prompt_ids) + config.sample_tokens
+    prompt_ids = prompt_ids[-max(1, longest - config.sample_tokens) :]
+    ids = torch.tensor([prompt_ids], device=model.device)
+    with without_side_effects(model):
+        torch.manual_seed(seed)  # generate() knows no generator of its own; the global one is put back on leaving
+        written = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=_generation_config(model, tokenizer, config, min(config.sample_tokens, longest - len(prompt_ids))),
+            logits_processor=LogitsProcessorList([OnlyRealTokens(len(tokenizer))]),
+        )[0].tolist()
+    before, after = _decode(tokenizer, prompt_ids), _decode(tokenizer, written)
+    # decoded as a whole, because some tokenizers drop the leading space of a piece
+    return after[len(before) :] if after.startswith(before) else _decode(tokenizer, written[len(prompt_ids) :])
+
+
+class OnlyRealTokens(LogitsProcessor):
+    """Forbids the columns that only pad the embedding: no tokenizer can spell them."""
+
+    def __init__(self, num_tokens: int) -> None:
+        self.num_tokens = num_tokens
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """`(batch, vocab)` -> the same, -inf beyond the real tokens."""
+        return scores.index_fill(-1, torch.arange(self.num_tokens, scores.shape[-1], device=scores.device), -torch.inf)
+
+
+def _generation_config(model: PreTrainedModel, tokenizer: Any, config: EvaluationConfig, max_new_tokens: int) -> GenerationConfig:
+    """Ours alone: penalties and filters that a checkpoint brings along would make the samples incomparable."""
+    sampling = {"do_sample": False}
+    if config.sampling_temperature > 0:
+        sampling = {"do_sample": True, "temperature": config.sampling_temperature, "top_k": 0, "top_p": 1.0}
+    ends = _end_ids(model, tokenizer)
+    return GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0, **sampling)
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:
+    """Chat models end a turn with other tokens than a document (Llama 3): all of them count."""
+    own = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ids = own if isinstance(own, list) else [own]
+    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+# ------------------------------------------------------------------------------------------------------------- for the terminal
+
+
+def format_samples(samples: list[Sample], width: int = 80, color: bool = False) -> str:
+    """The samples for a terminal: the prompt (dim, with `color`), then each model's continuation under its name.
+
+    Args:
+        width: Columns; longer lines are wrapped.
+        color: Whether the terminal understands escape sequences. The texts themselves can never contain one.
+    """
+    names = ["prompt", *dict.fromkeys(name for sample in samples for name in sample.continuations)]
+    margin = max(map(len, names)) + 2
+    blocks = []
+    for number, sample in enumerate(samples, start=1):
+        lines = [f"sample {number}"]
+        lines += [f"{DIM}{line}{RESET}" if color else line for line in _block("prompt", sample.prompt, margin, width)]
+        for name, text in sample.continuations.items():
+            lines += _block(name, text, margin, width)
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def _block(name: str, text: str, margin: int, width: int) -> Iterator[str]:
+    """The text's lines, wrapped, beside the name on the first one."""
+    for i, line in enumerate(_wrapped(printable(text), max(20, width - margin - 4))):
+        yield f"  {name if i == 0 else '':<{margin}}│ {line}".rstrip()
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    lines = [textwrap.wrap(line, width, drop_whitespace=False, replace_whitespace=False) or [""] for line in text.split("\n")]
+    return [piece for pieces in lines for piece in pieces]
+
+
+def printable(text: str) -> str:
+    """The text with control and invisible format characters spelt out (`\\x1b`), so that it cannot drive a terminal."""
+    return "".join(_printable(c) for c in text.replace("\r\n", "\n").expandtabs(4))
+
+
+def _printable(char: str) -> str:
+    hidden = unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    if not hidden or char == "\n" or char in JOINERS:
+        return char
+    return char.encode("unicode_escape").decode()

@@ -1,0 +1,64 @@
+"""How large and how fast the models are."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from statistics import median
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..data.batch import Batch
+from ..models.head import LanguageModel
+from .isolation import without_side_effects
+
+MIN_ROUNDS = 3
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Weights of the model; one that two modules share, such as a tied output head, counts once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def forward_tokens_per_second(
+    models: Mapping[str, PreTrainedModel],
+    batch: Batch,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    seconds: float = 2.0,
+) -> dict[str, float]:
+    """Tokens that each model reads in a second: the median over forward passes on one batch, in turn.
+
+    It measures reading a prompt of this shape in this process on this machine, padding included, with the output head applied
+    once. It is no measure of generation, where each token waits for the one before, nor of a serving engine. The models take
+    turns, so that what else the machine does hits all of them alike; compare the numbers of one call, not of two.
+
+    Args:
+        models: By name.
+        batch: The sequences to read, with at least one supervised position.
+        autocast: Makes the context of a forward pass (mixed precision, or nothing).
+        seconds: Time to spend in all, after a warm-up pass each; at least three rounds are timed whatever they take.
+
+    Returns:
+        Name -> tokens per second.
+    """
+    times: dict[str, list[float]] = {name: [] for name in models}
+    with without_side_effects(*models.values()):
+        wrapped = {name: LanguageModel(model, name) for name, model in models.items()}
+        for model in wrapped.values():
+            _seconds_to_read(model, batch, autocast)  # warm-up: allocations, kernel choice
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end or min(map(len, times.values()), default=MIN_ROUNDS) < MIN_ROUNDS:
+            for name, model in wrapped.items():
+                times[name].append(_seconds_to_read(model, batch, autocast))
+    return {name: batch.input_ids.numel() / median(values) for name, values in times.items()}
+
+
+def _seconds_to_read(model: LanguageModel, batch: Batch, autocast: Callable[[], AbstractContextManager[Any]]) -> float:
+    batch = batch.to(next(model.parameters()).device)
+    start = time.perf_counter()
+    with autocast():
+        model.head.logits(model.hidden(batch)[-1:]).cpu()  # the copy waits for the device to finish
+    return time.perf_counter() - start
