@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
@@ -89,7 +89,7 @@ class Evaluator:
             measured = {f"eval/{name}": value for name, value in metrics(sums).items()}
             return run_hooks(self.hooks, self._context(student, step)) | measured
 
-    def samples(self, models: dict[str, PreTrainedModel], seed: int) -> list[Sample]:
+    def samples(self, models: Mapping[str, PreTrainedModel | None], seed: int) -> list[Sample]:
         """What each model writes after the same prompts; `models` by the name to print."""
         return side_by_side(self.config, self.tokenizer, models, self.held_out, seed)
 

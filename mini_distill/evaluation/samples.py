@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ class Sample:
 
 
 def side_by_side(
-    config: EvaluationConfig, tokenizer: Any, models: dict[str, PreTrainedModel | None], held_out: Sequence[Any], seed: int
+    config: EvaluationConfig, tokenizer: Any, models: Mapping[str, PreTrainedModel | None], held_out: Sequence[Any], seed: int
 ) -> list[Sample]:
     """Let every model continue every prompt.
 
@@ -78,7 +78,7 @@ def _beginning(sequence: Any) -> list[int]:
     return ids[: min(PROMPT_TOKENS, end)].tolist()
 
 
-def _continue(model: PreTrainedModel, tokenizer: Any, prompt_ids: list[int], config: EvaluationConfig, seed: int) -> str:
+def _continue(model: Any, tokenizer: Any, prompt_ids: list[int], config: EvaluationConfig, seed: int) -> str:
     """The text that `model` adds to the prompt, without special tokens."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or len(prompt_ids) + config.sample_tokens
     prompt_ids = prompt_ids[-max(1, longest - config.sample_tokens) :]
@@ -109,7 +109,7 @@ class OnlyRealTokens(LogitsProcessor):
 
 def _generation_config(model: PreTrainedModel, tokenizer: Any, config: EvaluationConfig, max_new_tokens: int) -> GenerationConfig:
     """Ours alone: penalties and filters that a checkpoint brings along would make the samples incomparable."""
-    sampling = {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": False}
     if config.sampling_temperature > 0:
         sampling = {"do_sample": True, "temperature": config.sampling_temperature, "top_k": 0, "top_p": 1.0}
     ends = _end_ids(model, tokenizer)

@@ -1,0 +1,114 @@
+"""The final table: teacher, student before, student after."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+MISSING = "–"
+
+
+def build_summary(before: Mapping[str, float], after: Mapping[str, float], extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Every number of the final table, flat and keyed like the metrics.
+
+    Args:
+        before: Metrics of the untrained student, keyed `eval/…`; they become `before/…`. Those of the teacher are left out,
+            since it does not change. Empty when the student was not measured before.
+        after: Metrics of the trained student; their keys stay.
+        extra: Whatever else belongs into the summary. The table shows `model/teacher_parameters`, `model/student_parameters`,
+            `perf/teacher_tokens_per_second` and `perf/student_tokens_per_second`.
+    """
+    renamed = {key.replace("eval/", "before/", 1): value for key, value in before.items() if key.startswith("eval/")}
+    about_student = {key: value for key, value in renamed.items() if not key.startswith("before/teacher_") and key != "before/tokens"}
+    return {**after, **about_student, **(extra or {})}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: its label, the keys of teacher, student before and student after, and how a number is written."""
+
+    label: str
+    keys: tuple[str, str, str]
+    text: Callable[[float], str]
+
+
+def _of_each(label: str, name: str, text: Callable[[float], str]) -> Row:
+    return Row(label, (f"eval/teacher_{name}", f"before/student_{name}", f"eval/student_{name}"), text)
+
+
+def _between(label: str, name: str, text: Callable[[float], str]) -> Row:
+    return Row(label, ("", f"before/{name}", f"eval/{name}"), text)
+
+
+def decimals(digits: int) -> Callable[[float], str]:
+    """A number with `digits` behind the point; with an exponent where that would not fit a column."""
+    return lambda value: f"{value:,.{digits}f}" if abs(value) < 1e7 else f"{value:.2e}"
+
+
+def percent(value: float) -> str:
+    """A share: 61.3 %."""
+    return f"{100 * value:.1f} %"
+
+
+def count(value: float) -> str:
+    """A number of things: 950, 48.2 k, 1.52 M, 7.25 B."""
+    for size, unit in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if value >= 0.9995 * size:  # what would be rounded up to the unit belongs to it
+            return f"{value / size:,.{max(0, 2 - int(math.log10(max(1, value / size))))}f}{unit}"
+    return f"{value:.0f}"
+
+
+ROWS = (
+    _of_each("perplexity", "perplexity", decimals(2)),
+    _of_each("bits per byte", "bits_per_byte", decimals(3)),
+    _between("KL to the teacher (nats)", "forward_kl", decimals(3)),
+    _between("top-1 agreement", "top1_agreement", percent),
+    _of_each("calibration error", "ece", percent),
+    Row("parameters", ("model/teacher_parameters", "model/student_parameters", "model/student_parameters"), count),
+    Row("tokens read per second", ("perf/teacher_tokens_per_second", "", "perf/student_tokens_per_second"), decimals(0)),
+)
+COLUMNS = ("teacher", "student before", "student after")
+
+
+def _cells(summary: Mapping[str, Any]) -> list[list[str]]:
+    """Header and rows; rows and columns without any number are left out."""
+    rows = [[row.label, *(_cell(summary, key, row.text) for key in row.keys)] for row in ROWS]
+    rows = [row for row in rows if any(cell != MISSING for cell in row[1:])]
+    shown = [i for i in range(1, len(COLUMNS) + 1) if any(row[i] != MISSING for row in rows)]
+    return [["", *(COLUMNS[i - 1] for i in shown)], *([row[0], *(row[i] for i in shown)] for row in rows)]
+
+
+def _cell(summary: Mapping[str, Any], key: str, text: Callable[[float], str]) -> str:
+    value = summary.get(key)
+    return MISSING if value is None else text(value)
+
+
+def _footnote(summary: Mapping[str, Any]) -> str:
+    tokens = summary.get("eval/tokens")
+    return "" if tokens is None else f"Measured over {tokens:,.0f} held-out tokens."
+
+
+def format_table(summary: Mapping[str, Any]) -> str:
+    """The table for a terminal of 80 columns or more.
+
+    Args:
+        summary: As `build_summary` makes it; what is missing is shown as a dash or left out.
+    """
+    header, *rows = _cells(summary)
+    widths = [max(len(row[i]) for row in [header, *rows]) + 2 for i in range(len(header))]
+    rule = "─" * sum(widths)
+    lines = [
+        "".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in [header, *rows]
+    ]
+    return "\n".join([lines[0], rule, *lines[1:], rule, _footnote(summary)]).rstrip()
+
+
+def markdown_table(summary: Mapping[str, Any]) -> str:
+    """The same table for a model card."""
+    header, *rows = _cells(summary)
+    marks = [":--", *["--:"] * (len(header) - 1)]
+    lines = ["| " + " | ".join(row) + " |" for row in [header, marks, *rows]]
+    return "\n".join([*lines, "", _footnote(summary)]).rstrip()
