@@ -81,11 +81,17 @@ def _metadata(facts: CardFacts) -> ModelCardData:
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["mini_distill", *(["knowledge-distillation"] if teacher.kind != "none" else [])],
-        base_model=teacher.path if teacher.kind == "hf" and _is_hub_id(teacher.path) else None,
+        base_model=[path for path in _origins(facts.config) if _is_hub_id(path)] or None,
         datasets=[data.path] if data.source == "hub" and data.path is not None and _is_hub_id(data.path) else None,
         eval_results=list(_eval_results(facts)),
-        **_licence_metadata(teacher),
+        license=_licence_of(facts.config),
+        license_name="same-as-base-model" if _licence_of(facts.config) == "other" else None,
     )
+
+
+def _origins(config: Config) -> list[str]:
+    """Models that the student's weights come from: its teacher, and what it was initialised from."""
+    return [part.path for part in (config.teacher, config.student) if part.kind == "hf" and part.path is not None]
 
 
 def _is_hub_id(path: str | None) -> bool:
@@ -107,10 +113,10 @@ def _eval_results(facts: CardFacts) -> Iterator[EvalResult]:
             )
 
 
-def _licence_metadata(teacher: TeacherConfig) -> dict[str, str]:
-    if teacher.kind == "embedded":
-        return {"license": "apache-2.0"}
-    return {"license": "other", "license_name": "same-as-teacher"} if teacher.kind == "hf" else {}
+def _licence_of(config: Config) -> str | None:
+    if config.teacher.kind == "hf" or config.student.kind == "hf":
+        return "other"
+    return "apache-2.0" if config.teacher.kind == "embedded" else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------- sections
@@ -217,10 +223,12 @@ def _limits(facts: CardFacts) -> Iterator[str]:
 
 
 def _licence(facts: CardFacts) -> Iterator[str]:
-    if facts.config.teacher.kind == "none":
-        return
-    yield "## Licence"
-    yield "A distilled student is derived from its teacher: the teacher's licence and terms of use apply to it, and those of the data."
+    origins = [f"its teacher ({_teacher_name(facts.config.teacher)})"] if facts.config.teacher.kind != "none" else []
+    if facts.config.student.kind == "hf":
+        origins.append(f"the model it was initialised from ({escape(facts.config.student.path or '')})")
+    if origins:
+        yield "## Licence"
+        yield f"The student is derived from {' and '.join(origins)}: that licence and those terms of use apply to it, and those of the data."
 
 
 def _usage() -> Iterator[str]:
