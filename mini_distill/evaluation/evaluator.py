@@ -87,7 +87,7 @@ class Evaluator:
                     "data.eval_path", "no token of the held-out text is supervised", "Hold out more rows, or check their format."
                 )
             measured = {f"eval/{name}": value for name, value in metrics(sums).items()}
-            return run_hooks(self.hooks, self._context(student, step)) | measured
+            return measured | run_hooks(self.hooks, self._context(student, step), taken=measured)
 
     def samples(self, models: Mapping[str, PreTrainedModel | None], seed: int) -> list[Sample]:
         """What each model writes after the same prompts; `models` by the name to print."""

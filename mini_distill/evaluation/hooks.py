@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import numbers
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,19 +77,24 @@ def _load_hook(where: str, path: str) -> Hook:
     return hook
 
 
-def run_hooks(hooks: list[Hook], context: EvaluationContext) -> dict[str, float]:
+def run_hooks(hooks: list[Hook], context: EvaluationContext, taken: Collection[str] = ()) -> dict[str, float]:
     """Every hook's metrics, as floats; names without a `/` get the prefix `eval/`.
 
+    Args:
+        hooks: Called in this order.
+        context: What they look at.
+        taken: Names that are no longer free.
+
     Raises:
-        ConfigError: a hook raises, returns something other than `{name: number}`, or two return the same name.
+        ConfigError: a hook raises, returns something other than `{name: number}`, or uses a name that another one has used.
     """
     found: dict[str, float] = {}
     for i, hook in enumerate(hooks):
         where = f"evaluation.hooks[{i}]"
         for name, value in _call(where, hook, context).items():
             key = name if "/" in name else f"eval/{name}"
-            if key in found:
-                raise ConfigError(where, f"returned '{key}', which an earlier hook returned too", "Give the metric another name.")
+            if key in found or key in taken:
+                raise ConfigError(where, f"the hook returned '{key}', which is another metric already", "Give it another name.")
             found[key] = value
     return found
 

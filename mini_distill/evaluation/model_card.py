@@ -13,11 +13,11 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..config import Config, DataConfig, TeacherConfig
+from ..redaction import redact_text
 from .samples import Sample, printable
 from .table import markdown_table
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+@")
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def _data_name(data: DataConfig) -> str:
         return "a mixture of " + ", ".join(map(str, data.mixture))
     if data.source == "python_stdlib":
         return "the source text of Python's standard library"
-    parts = [CREDENTIALS.sub("", data.path or data.source), data.name, data.split if data.source == "hub" else None]
+    parts = [redact_text(data.path or data.source), data.name, data.split if data.source == "hub" else None]
     revision = f" at revision {data.revision}" if data.revision else ""
     return " / ".join(part for part in parts if part) + revision
 
@@ -244,6 +244,6 @@ def _usage() -> Iterator[str]:
 
 def escape(text: str) -> str:
     """Text of unknown origin within a line of Markdown: HTML and Markdown marks are shown, not obeyed."""
-    line = html.escape(" ".join(printable(CREDENTIALS.sub("", text)).split()), quote=False)
+    line = html.escape(" ".join(printable(redact_text(text)).split()), quote=False)
     line = re.sub(r"([\\`*\[\]|~#])", r"\\\1", line)
     return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", line)  # inside a word an underscore is only that

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,14 +84,11 @@ def _continue(model: Any, tokenizer: Any, prompt_ids: list[int], config: Evaluat
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or len(prompt_ids) + config.sample_tokens
     prompt_ids = prompt_ids[-max(1, longest - config.sample_tokens) :]
     ids = torch.tensor([prompt_ids], device=model.device)
-    with without_side_effects(model):
+    settings = _generation_config(model, tokenizer, config, min(config.sample_tokens, longest - len(prompt_ids)))
+    with without_side_effects(model), _generating_with(model, settings):
         torch.manual_seed(seed)  # generate() knows no generator of its own; the global one is put back on leaving
-        written = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            generation_config=_generation_config(model, tokenizer, config, min(config.sample_tokens, longest - len(prompt_ids))),
-            logits_processor=LogitsProcessorList([OnlyRealTokens(len(tokenizer))]),
-        )[0].tolist()
+        real_tokens = LogitsProcessorList([OnlyRealTokens(len(tokenizer))])
+        written = model.generate(ids, attention_mask=torch.ones_like(ids), logits_processor=real_tokens)[0].tolist()
     before, after = _decode(tokenizer, prompt_ids), _decode(tokenizer, written)
     # decoded as a whole, because some tokenizers drop the leading space of a piece
     return after[len(before) :] if after.startswith(before) else _decode(tokenizer, written[len(prompt_ids) :])
@@ -108,12 +106,22 @@ class OnlyRealTokens(LogitsProcessor):
 
 
 def _generation_config(model: PreTrainedModel, tokenizer: Any, config: EvaluationConfig, max_new_tokens: int) -> GenerationConfig:
-    """Ours alone: penalties and filters that a checkpoint brings along would make the samples incomparable."""
     sampling: dict[str, Any] = {"do_sample": False}
     if config.sampling_temperature > 0:
         sampling = {"do_sample": True, "temperature": config.sampling_temperature, "top_k": 0, "top_p": 1.0}
     ends = _end_ids(model, tokenizer)
     return GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0, **sampling)
+
+
+@contextmanager
+def _generating_with(model: Any, settings: GenerationConfig) -> Iterator[None]:
+    """These settings alone: generate() would fill the gaps of an argument with the penalties and filters that a checkpoint
+    brings along, and the samples could not be compared."""
+    own, model.generation_config = model.generation_config, settings
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:

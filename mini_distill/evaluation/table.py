@@ -73,11 +73,11 @@ COLUMNS = ("teacher", "student before", "student after")
 
 
 def _cells(summary: Mapping[str, Any]) -> list[list[str]]:
-    """Header and rows; rows and columns without any number are left out."""
-    rows = [[row.label, *(_cell(summary, key, row.text) for key in row.keys)] for row in ROWS]
-    rows = [row for row in rows if any(cell != MISSING for cell in row[1:])]
-    shown = [i for i in range(1, len(COLUMNS) + 1) if any(row[i] != MISSING for row in rows)]
-    return [["", *(COLUMNS[i - 1] for i in shown)], *([row[0], *(row[i] for i in shown)] for row in rows)]
+    """Header and rows; rows without a number and columns without one of their own are left out."""
+    rows = [row for row in ROWS if any(key in summary for key in row.keys)]
+    shown = [i for i in range(len(COLUMNS)) if any(row.keys[i] in summary and row.keys.count(row.keys[i]) == 1 for row in rows)]
+    cells = [[row.label, *(_cell(summary, row.keys[i], row.text) for i in shown)] for row in rows]
+    return [["", *(COLUMNS[i] for i in shown)], *cells]
 
 
 def _cell(summary: Mapping[str, Any], key: str, text: Callable[[float], str]) -> str:

@@ -1,0 +1,34 @@
+"""Sizes and speeds for the final table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mini_distill.evaluation.speed import MIN_ROUNDS, forward_tokens_per_second, num_parameters
+
+
+def test_a_tied_output_head_counts_once(tiny_llama: Any) -> None:
+    tied, untied = tiny_llama(tie_word_embeddings=True), tiny_llama(tie_word_embeddings=False)
+    assert num_parameters(untied) - num_parameters(tied) == 64 * 32
+
+
+def test_models_take_turns_on_the_same_batch_and_the_larger_is_slower(tiny_llama: Any, make_batch: Any) -> None:
+    order: list[str] = []
+    models = {"teacher": tiny_llama(num_hidden_layers=8), "student": tiny_llama(num_hidden_layers=1).train()}
+    for name, model in models.items():
+        model.model.norm.register_forward_hook(lambda *args, name=name: order.append(name))
+    found = forward_tokens_per_second(models, make_batch(0, rows=8, seq=64), seconds=0.0)
+    timed = order[-2 * MIN_ROUNDS :]
+    assert timed == ["teacher", "student"] * MIN_ROUNDS
+    assert 0 < found["teacher"] < found["student"]
+    assert models["student"].training
+
+
+def test_measuring_speed_draws_no_random_numbers(tiny_llama: Any, make_batch: Any) -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    forward_tokens_per_second({"student": tiny_llama()}, make_batch(0), seconds=0.0)
+    assert torch.equal(torch.rand(3), expected)
