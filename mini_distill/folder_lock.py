@@ -1,0 +1,130 @@
+"""The lock of a folder: one run, one folder."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from .errors import StorageError
+from .processes import is_alive, process_start_of, this_host
+from .storage import storage_errors
+
+LOCK = ".lock"
+
+logger = logging.getLogger(__name__)
+
+
+class FolderLock:
+    """`with FolderLock(folder): …`: the folder is this process's alone. The lock of a dead process on this host is taken over.
+
+    The file `.lock` in the folder names process, host and start, for people and for file systems without locks; while the
+    process lives, the kernel's own lock on that file (flock) makes creation and take-over free of races and indifferent to a
+    process number that has been given to another process.
+
+    Raises:
+        StorageError: another process, named with its host, has the folder; or the lock cannot be written.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.file = Path(folder) / LOCK
+        self._descriptor = -1
+
+    def __enter__(self) -> FolderLock:
+        with storage_errors(self.file, "lock the folder"):
+            self._descriptor = self._open_and_lock()
+            try:
+                self._take_over(_read_owner(self._descriptor))
+                os.ftruncate(self._descriptor, 0)
+                os.pwrite(self._descriptor, json.dumps(_identity()).encode(), 0)
+            except BaseException:
+                self._close()
+                raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._descriptor in _held:  # not in a forked child
+            with contextlib.suppress(OSError):
+                self.file.unlink()
+            self._close()
+
+    def _open_and_lock(self) -> int:
+        while True:
+            descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            _held.add(descriptor)
+            if not _lock(descriptor):
+                owner = _read_owner(descriptor) or {"pid": "?", "host": "?", "started": "?"}
+                _release(descriptor)
+                raise self._in_use(owner)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(self.file)):
+                    return descriptor
+            _release(descriptor)  # its owner deleted it between our opening and locking
+
+    def _take_over(self, owner: dict[str, Any] | None) -> None:
+        if owner is None:
+            return
+        if owner["host"] != this_host() or is_alive(owner["pid"], owner.get("process_start", "")):
+            raise self._in_use(owner)
+        logger.warning("%s: taken over from process %s, which is gone", self.file, owner["pid"])
+
+    def _in_use(self, owner: dict[str, Any]) -> StorageError:
+        what = f"in use by process {owner['pid']} on host {owner['host']} since {owner['started']}"
+        remedy = "Wait for it, stop it, or choose another output_dir."
+        if owner["host"] != this_host():
+            remedy = f"Choose another output_dir; or, if that process is gone, delete {self.file}."
+        return StorageError(str(self.file.parent), what, remedy)
+
+    def _close(self) -> None:
+        _release(self._descriptor)
+        self._descriptor = -1
+
+
+_held: set[int] = set()
+
+
+def _release(descriptor: int) -> None:
+    _held.discard(descriptor)
+    os.close(descriptor)
+
+
+def _release_in_child() -> None:
+    """A forked data worker that outlives its parent must not keep the parent's lock."""
+    for descriptor in list(_held):
+        _release(descriptor)
+
+
+os.register_at_fork(after_in_child=_release_in_child)
+
+
+def _lock(descriptor: int) -> bool:
+    """Whether the file is now ours; on a file system without locks always, and the text in the file decides."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+    return True
+
+
+def _read_owner(descriptor: int) -> dict[str, Any] | None:
+    """Who wrote the lock file; None if it is new, or its writer was killed while writing."""
+    try:
+        owner = json.loads(os.pread(descriptor, 4096, 0))
+    except ValueError:
+        return None
+    whole = isinstance(owner, dict) and isinstance(owner.get("pid"), int) and {"host", "started"} <= set(owner)
+    return owner if whole else None
+
+
+def _identity() -> dict[str, Any]:
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"pid": os.getpid(), "host": this_host(), "started": started, "process_start": process_start_of(os.getpid()) or ""}

@@ -1,0 +1,36 @@
+"""Which process, on which host, and whether it still lives."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+
+def this_host() -> str:
+    """The host's name, as part of a file name."""
+    return socket.gethostname().replace("/", "_")
+
+
+def is_alive(pid: int, process_start: str = "") -> bool:
+    """Whether process `pid` lives on this host and, where both are known, is the one that started at `process_start`."""
+    if pid <= 0:
+        return False  # to the kernel these are groups of processes
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        pass  # another user's
+    except (ProcessLookupError, OverflowError):
+        return False
+    now = process_start_of(pid)
+    return now is not None and (not process_start or not now or now == process_start)
+
+
+def process_start_of(pid: int) -> str | None:
+    """Boot and clock tick at which a process started; empty where /proc does not tell; None for a zombie, which is dead."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+    return None if fields[0] in "ZX" else f"{boot}:{fields[19]}"

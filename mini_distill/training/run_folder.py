@@ -1,0 +1,280 @@
+"""The folder of a run: its lock, its configuration, its state and its metrics."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import time
+import traceback
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import yaml
+
+from ..errors import MiniDistillError, Preempted, StorageError
+from ..folder_lock import LOCK, FolderLock
+from ..redaction import redact, redact_text
+from ..storage import atomic_write_text, check_writable, free_name, remove_stale_temporaries, storage_errors
+
+STATES = ("running", "finished", "preempted", "failed")
+SECONDS_BETWEEN_UPDATES = 30.0
+
+logger = logging.getLogger(__name__)
+
+
+class RunFolder:
+    """`with RunFolder(path, config, resume) as run: …` holds a run's folder, which is this process's alone.
+
+    On entering, the folder is made, tried out and locked; `config.yaml` gets the resolved configuration without secrets and
+    `status.json` says `running`. On leaving it says how the run ended: `finished`, `preempted` or `failed`, with step and exit code.
+
+    Only the main process writes; on the others every method that writes does nothing.
+
+    Attributes:
+        path: The folder.
+
+    Raises:
+        StorageError: on entering: the folder cannot be written, is in use, is too full, or holds something that is not a run.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        config: Mapping[str, Any],
+        resume: str = "auto",
+        is_main: bool = True,
+        needed_bytes: int = 0,
+    ) -> None:
+        """
+        Args:
+            path: The folder, made if need be.
+            config: The resolved configuration as plain values; `debug: true` keeps the traceback of every error.
+            resume: `never` moves a run that is there aside (`<name>.old-1`, …); anything else goes on in it.
+            is_main: Whether this process writes.
+            needed_bytes: Free space that must be there.
+        """
+        self.path = Path(path).expanduser()
+        self._config = config
+        self._resume = resume
+        self._is_main = is_main
+        self._needed_bytes = needed_bytes
+        self._step = 0
+        self._updated = 0.0
+        self._logged: set[tuple[int, str]] = set()
+        self._metrics_file = -1
+        self._held = contextlib.ExitStack()
+
+    # ------------------------------------------------------------------------------------------------------------ its life
+
+    def __enter__(self) -> RunFolder:
+        if not self._is_main:
+            return self
+        with contextlib.ExitStack() as held:
+            self._take(held)
+            remove_stale_temporaries(self.path)
+            self._step = int(_read_status(self.path).get("step", 0))
+            self._write_status("running", None)
+            atomic_write_text(self.path / "config.yaml", yaml.safe_dump(redact(self._config), sort_keys=False, allow_unicode=True))
+            self._open_metrics()
+            held.callback(self._close_metrics)
+            self._held = held.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not self._is_main:
+            return
+        with self._held:
+            state, exit_code = _ending(error)
+            try:
+                self._write_error_log(error)
+                self._write_status(state, exit_code)
+            except StorageError as second:
+                if error is None:
+                    raise
+                logger.warning("%s", second)  # the first error is the one to tell
+
+    def _take(self, held: contextlib.ExitStack) -> None:
+        """The folder, ours and locked; with resume=never a new one, the old run moved aside."""
+        check_writable(self.path, self._needed_bytes)
+        lock = held.enter_context(FolderLock(self.path))
+        entries = _entries(self.path)
+        if entries and not _is_run(self.path):
+            raise StorageError(str(self.path), f"holds '{entries[0]}' and is not a run of mini_distill", "Choose another output_dir.")
+        if entries and self._resume == "never":
+            with storage_errors(self.path, "move the old run aside"):
+                aside = free_name(self.path)
+                os.rename(self.path, aside)
+                lock.file = aside / LOCK
+            logger.warning("%s: the old run is now %s", self.path, aside.name)
+            check_writable(self.path, self._needed_bytes)
+            held.enter_context(FolderLock(self.path))
+            lock.__exit__()
+
+    # -------------------------------------------------------------------------------------------------------------- status
+
+    def set_step(self, step: int) -> None:
+        """Note the optimizer step that is reached; status.json follows at most every 30 seconds, and at the end."""
+        self._step = step
+        if time.monotonic() - self._updated > SECONDS_BETWEEN_UPDATES:
+            self._write_status("running", None)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Every final number to summary.json, sorted by key; a number that is not finite becomes null."""
+        if self._is_main:
+            atomic_write_text(self.path / "summary.json", json.dumps(_finite(summary), indent=2, sort_keys=True) + "\n")
+
+    def _write_status(self, state: str, exit_code: int | None) -> None:
+        if not self._is_main:
+            return
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        status = {"state": state, "step": self._step, "exit_code": exit_code, "updated": now, "pid": os.getpid()}
+        atomic_write_text(self.path / "status.json", json.dumps(status) + "\n")
+        self._updated = time.monotonic()
+
+    def _write_error_log(self, error: BaseException | None) -> None:
+        """The traceback of our own mistakes; of the user's only with debug=true."""
+        expected = error is None or isinstance(error, MiniDistillError | KeyboardInterrupt | SystemExit)
+        if error is None or (expected and not self._config.get("debug")):
+            return
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        text = f"{now}, step {self._step}\n" + redact_text("".join(traceback.format_exception(error)))
+        with (
+            storage_errors(self.path / "error.log", "write"),
+            open(self.path / "error.log", "a", encoding="utf-8", errors="backslashreplace") as log,
+        ):
+            log.write(text + "\n")
+
+    # ------------------------------------------------------------------------------------------------------------- metrics
+
+    def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append one row `{"step": step, …}` to metrics.jsonl, at once in the hands of the operating system.
+
+        A file has one row per step and kind (what stands before the slash: train, eval, …). Logged again, as by a run that goes
+        on from an earlier step, the new numbers replace the old. A number that is not finite is written as null.
+
+        Raises:
+            StorageError: the row cannot be written; the file is as it was.
+        """
+        if not self._is_main:
+            return
+        kinds = {(step, key.partition("/")[0]) for key in metrics}
+        if kinds & self._logged:
+            self._rewrite_metrics(_without(row, kinds) for row in self.metrics())
+        line = json.dumps({"step": step, **_finite(metrics)}) + "\n"
+        with storage_errors(self.path / "metrics.jsonl", "write"):
+            self._append(line.encode())
+        self._logged |= kinds
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl. A last line that was cut short by a kill does not count.
+
+        Raises:
+            StorageError: a line is not a row.
+        """
+        file = self.path / "metrics.jsonl"
+        with storage_errors(file, "read"):
+            lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+        return [_parse_row(file, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+
+    def truncate_metrics(self, step: int | None) -> None:
+        """Drop the rows beyond `step`, from which the run goes on; None: it begins anew, drop all."""
+        if self._is_main:
+            self._rewrite_metrics(row for row in self.metrics() if step is not None and row["step"] <= step)
+
+    def _open_metrics(self) -> None:
+        file = self.path / "metrics.jsonl"
+        with storage_errors(file, "write"):
+            self._metrics_file = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            whole = file.read_bytes().rpartition(b"\n")
+            os.ftruncate(self._metrics_file, len(whole[0] + whole[1]))  # a row torn by a kill
+        self._logged = {(row["step"], key.partition("/")[0]) for row in self.metrics() for key in row if key != "step"}
+
+    def _close_metrics(self) -> None:
+        if self._metrics_file >= 0:
+            os.close(self._metrics_file)
+            self._metrics_file = -1
+
+    def _append(self, line: bytes) -> None:
+        size = os.fstat(self._metrics_file).st_size
+        try:
+            while line:
+                line = line[os.write(self._metrics_file, line) :]
+        except OSError:
+            os.ftruncate(self._metrics_file, size)
+            raise
+
+    def _rewrite_metrics(self, rows: Iterable[dict[str, Any]]) -> None:
+        lines = [json.dumps(row) + "\n" for row in rows if len(row) > 1]
+        self._close_metrics()
+        atomic_write_text(self.path / "metrics.jsonl", "".join(lines))
+        self._open_metrics()
+
+
+# ------------------------------------------------------------------------------------------------------------- what is in a folder
+
+
+def _entries(path: Path) -> list[str]:
+    """What stands in a folder, leaving out our own lock and temporaries and what a fresh disk holds."""
+    with storage_errors(path, "read the folder"):
+        names = sorted(entry.name for entry in path.iterdir())
+    return [name for name in names if name not in (LOCK, "lost+found") and not name.startswith((".tmp-", ".old-"))]
+
+
+def _is_run(path: Path) -> bool:
+    """Whether the folder is a run of ours; a damaged status.json alone does not lock its owner out."""
+    return _read_status(path).get("state") in STATES or any((path / "checkpoints").glob("step-*"))
+
+
+def _read_status(path: Path) -> dict[str, Any]:
+    try:
+        status = json.loads((path / "status.json").read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return status if isinstance(status, dict) else {}
+
+
+# ---------------------------------------------------------------------------------------------------------------- ends and values
+
+
+def _ending(error: BaseException | None) -> tuple[str, int]:
+    """State and exit code of a run that ends with `error`."""
+    if error is None:
+        return "finished", 0
+    if isinstance(error, Preempted):
+        return "preempted", error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return "preempted", 130
+    if isinstance(error, SystemExit) and isinstance(error.code, int):
+        return ("failed" if error.code else "finished"), error.code
+    return "failed", error.exit_code if isinstance(error, MiniDistillError) else 1
+
+
+def _without(row: dict[str, Any], kinds: set[tuple[int, str]]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key == "step" or (row["step"], key.partition("/")[0]) not in kinds}
+
+
+def _parse_row(file: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            return row
+    except ValueError:
+        pass
+    raise StorageError(f"{file}:{number}", "not a row of metrics (expected a JSON object with a step)", "Delete this line.")
+
+
+def _finite(value: Any) -> Any:
+    """Plain JSON: tensors and NumPy scalars as numbers, NaN and infinities as null."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
