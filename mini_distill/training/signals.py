@@ -1,0 +1,79 @@
+"""SIGTERM and Ctrl-C: finish the step, save, and only then stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+from ..errors import Preempted
+
+SAME_PRESS = 0.3  # seconds; a terminal and torchrun both pass on one Ctrl-C
+
+
+class StopRequest:
+    """`with StopRequest() as stop: …` turns SIGTERM and Ctrl-C into `stop.requested`, to be looked at between steps.
+
+    A second Ctrl-C stops at once with KeyboardInterrupt. The handlers that were there are put back on leaving. Outside the main
+    thread, where Python allows no handlers, nothing is installed and nothing is ever requested.
+    """
+
+    def __init__(self) -> None:
+        self._signal: signal.Signals | None = None
+        self._since = 0.0
+        self._process = os.getpid()
+        self._old: dict[signal.Signals, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has come."""
+        return self._signal is not None
+
+    @property
+    def signal_name(self) -> str | None:
+        """SIGTERM or SIGINT; None as long as none has come."""
+        return self._signal.name if self._signal is not None else None
+
+    @property
+    def exit_code(self) -> int | None:
+        """143 for SIGTERM, 130 for Ctrl-C; None as long as none has come."""
+        return 128 + self._signal if self._signal is not None else None
+
+    def preempted(self, step: int) -> Preempted:
+        """The exception that ends a run which has saved `step`. Where another process got the signal, SIGTERM is assumed."""
+        name = self.signal_name or "SIGTERM"
+        return Preempted(f"step {step}", f"stopped by {name} and saved", "The same command goes on from here.", self.exit_code or 143)
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._old = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: installed by C code
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            self._handle_in_worker(number)
+            return
+        now = time.monotonic()
+        if self._signal is None:
+            self._signal, self._since = signal.Signals(number), now
+            self._tell()
+        elif number == signal.SIGINT and now - self._since > SAME_PRESS:
+            raise KeyboardInterrupt
+
+    def _handle_in_worker(self, number: int) -> None:
+        """A forked data worker: Ctrl-C is the main process's affair, SIGTERM ends it."""
+        if number == signal.SIGTERM:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def _tell(self) -> None:
+        """Straight to the descriptor: the handler may have interrupted a print, whose lock and buffer must be left alone."""
+        again = " (Ctrl-C again stops at once)" if self._signal == signal.SIGINT else ""
+        os.write(2, f"\n{self.signal_name}: finishing the step, then saving …{again}\n".encode())
