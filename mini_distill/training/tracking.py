@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import logging
 import os
@@ -95,11 +96,9 @@ class BackgroundTracker(Tracker):
         atexit.unregister(self.close)
         if self._gave_up or not self._thread.is_alive():
             return
-        try:
+        with contextlib.suppress(queue.Full):
             self._rows.put_nowait(None)
-        except queue.Full:
-            return self._give_up(f"does not answer, {MAX_WAITING} rows are waiting")
-        self._thread.join(SECONDS_TO_CLOSE)
+            self._thread.join(SECONDS_TO_CLOSE)
         if self._thread.is_alive():
             self._give_up(f"has not finished within {SECONDS_TO_CLOSE:.0f} seconds")
 
@@ -132,7 +131,7 @@ class WandbSink(Sink):
             raise ConfigError("tracking.kind", "wandb is not installed", "pip install wandb, or set tracking=none.") from error
         self._wandb = wandb
         self._mode: Any = os.environ.get("WANDB_MODE") or config.mode
-        if self._mode == "online" and not wandb.api.api_key:
+        if self._mode == "online" and not wandb.login(prompt=False, verify=False):
             remedy = "Run `wandb login`, set WANDB_API_KEY, or use tracking.mode=offline and synchronise later."
             raise ConfigError("tracking.mode", "online, and wandb has no API key", remedy)
         self._arguments: dict[str, Any] = {
@@ -146,9 +145,16 @@ class WandbSink(Sink):
 
     def open(self) -> None:
         """Without the command line, source code and environment that wandb would collect: they may hold secrets."""
-        quiet = {"silent": True, "console": "off"}
-        private = {"x_disable_meta": True, "x_disable_machine_info": True, "disable_git": True, "disable_code": True, "save_code": False}
-        self._run = self._wandb.init(mode=self._mode, settings=self._wandb.Settings(**quiet, **private), **self._arguments)
+        private = self._wandb.Settings(
+            silent=True,
+            console="off",
+            x_disable_meta=True,
+            x_disable_machine_info=True,
+            disable_git=True,
+            disable_code=True,
+            save_code=False,
+        )
+        self._run = self._wandb.init(mode=self._mode, settings=private, **self._arguments)
         if self._mode == "online":
             logger.warning("tracking: %s", self._run.url)
 
