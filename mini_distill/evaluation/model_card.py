@@ -159,7 +159,8 @@ def _student_name(config: Config) -> str:
     if student.kind == "hf":
         return f"initialised from {escape(student.path or '')}"
     if student.kind == "from_teacher":
-        return f"initialised from {student.num_layers or 'some'} of the teacher's layers, evenly spaced"
+        layers = f"{student.num_layers} of the teacher's layers" if student.num_layers else "the teacher's own layers"
+        return f"initialised from {layers}, evenly spaced"
     return "Llama architecture, trained from random weights"
 
 

@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -72,11 +73,16 @@ def _prompts(config: EvaluationConfig, tokenizer: Any, held_out: Sequence[Any]) 
 
 
 def _beginning(sequence: Any) -> list[int]:
-    """The first tokens of a sequence's first document."""
+    """The first tokens of a document within a sequence.
+
+    It is the first document that begins after another one, and is long enough: the one that a sequence begins with may be a
+    piece, cut out in the middle of a word.
+    """
     ids, positions = torch.as_tensor(sequence.input_ids), torch.as_tensor(sequence.position_ids)
-    restarts = (positions[1:] == 0).nonzero()
-    end = int(restarts[0]) + 1 if len(restarts) else len(ids)
-    return ids[: min(PROMPT_TOKENS, end)].tolist()
+    starts = [0, *((positions[1:] == 0).nonzero().flatten() + 1).tolist(), len(ids)]
+    spans = list(pairwise(starts))
+    start, end = next(((a, b) for a, b in spans[1:] if b - a >= PROMPT_TOKENS), spans[0])
+    return ids[start : min(end, start + PROMPT_TOKENS)].tolist()
 
 
 def _continue(model: Any, tokenizer: Any, prompt_ids: list[int], config: EvaluationConfig, seed: int) -> str:

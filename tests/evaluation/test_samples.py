@@ -35,6 +35,14 @@ def test_a_prompt_ends_with_its_document(tiny_tokenizer: Any, tiny_llama: Any) -
     assert samples[0].prompt == "one."
 
 
+def test_a_prompt_is_rather_the_beginning_of_a_document_than_of_a_piece(tiny_tokenizer: Any, tiny_llama: Any) -> None:
+    story = "once upon a time there was a little model"
+    packed = held_out(tiny_tokenizer, "ched the end.short." + story)
+    packed[0].position_ids = torch.tensor([*range(13), *range(6), *range(len(story))])
+    samples = side_by_side(EvaluationConfig(num_samples=1), tiny_tokenizer, {"student": tiny_llama()}, packed, seed=0)
+    assert samples[0].prompt == story[:PROMPT_TOKENS]
+
+
 def test_prompts_of_the_configuration_come_first_and_a_missing_teacher_is_left_out(
     tiny_tokenizer: Any, tiny_llama: Any, rows: list[Any]
 ) -> None:
