@@ -224,6 +224,17 @@ def test_capped_logits_are_the_models_own(make_evaluator: MakeEvaluator, batches
     assert found["eval/student_nll"] == pytest.approx(reference_nll(student, batches, 62), rel=1e-5)
 
 
+def test_mixed_precision_stays_near_full_precision(make_evaluator: MakeEvaluator, tiny_llama: Any, batches: list[Batch]) -> None:
+    student, teacher = tiny_llama(seed=0), tiny_llama(seed=1)
+    expected = make_evaluator(batches, teacher)(student, step=0)
+    evaluator = make_evaluator(batches, teacher.to(torch.bfloat16))
+    evaluator.autocast = lambda: torch.autocast("cpu", dtype=torch.bfloat16)
+    found = evaluator(student, step=0)
+    assert found != expected  # it was on
+    assert found["eval/student_nll"] == pytest.approx(expected["eval/student_nll"], rel=0.02)
+    assert found["eval/forward_kl"] == pytest.approx(expected["eval/forward_kl"], rel=0.05)
+
+
 def overwriting_hook(context: Any) -> dict[str, float]:
     return {"student_nll": 0.0}
 
