@@ -1,0 +1,38 @@
+"""Distil an open language model into a mini one that people can afford to run, and prove what was kept.
+
+The public names are imported on first use, so that `import mini_distill` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Config": "config",
+    "load_config": "cli",
+    "train": "train",
+    "distill_step": "train",
+    "divergences": "losses",
+    "Objective": "losses.objective",
+    "Batch": "data.batch",
+    "prepare_data": "data.prepare",
+    "build_student": "students.build",
+    "OnlineTeacher": "teachers.online",
+    "Evaluator": "evaluation.evaluator",
+    "MiniDistillError": "errors",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mini_distill' has no attribute '{name}'")
+    home = importlib.import_module(f".{_HOMES[name]}", __name__)
+    return importlib.import_module(f".{_HOMES[name]}.{name}", __name__) if name == "divergences" else getattr(home, name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -139,6 +139,7 @@ class TrainerConfig:
     keep_checkpoints: int = option(2, "Newest checkpoints kept (the best one is kept besides)", at_least=1)
     eval_every: int | None = option(None, "Evaluation period; null: only before and after", at_least=1)
     log_every: int = option(1, "Period of the rows in metrics.jsonl", at_least=1)
+    export: str = option("last", "Which weights become student/: the last, or the best by evaluation.best_metric", choices=("last", "best"))
     num_threads: int | None = option(None, "CPU threads of torch; null: torch's choice", at_least=1)
 
 

@@ -7,6 +7,7 @@ import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ from .models.identity import weights_fingerprint
 from .models.loading import embedded_path, load_causal_lm, load_tokenizer
 from .students.build import build_student
 from .teachers.online import OnlineTeacher
-from .training.checkpoint import Checkpoints, compare_fingerprints, load_optimizer, optimizer_to_tensors
+from .training.checkpoint import Checkpoints, load_optimizer, optimizer_to_tensors
+from .training.fingerprints import compare_fingerprints
 from .training.optimizer import build_optimizer
 from .training.progress import TrainingProgress
 from .training.run_folder import RunFolder
@@ -55,6 +57,8 @@ class Distillation:
         checkpoints: What has been saved.
         tracker: Where metrics go besides metrics.jsonl.
         fingerprints: What may not change between a run and its resumption.
+        best: Value and step of the best evaluation so far.
+        tokens_seen: Supervised tokens trained on so far, by all processes.
     """
 
     config: Config
@@ -73,6 +77,7 @@ class Distillation:
     tracker: Tracker
     fingerprints: dict[str, Any]
     best: dict[str, float] = dataclasses.field(default_factory=dict)  # {"value": …, "step": …}
+    tokens_seen: int = 0
 
     @property
     def student_model(self) -> PreTrainedModel:
@@ -126,7 +131,7 @@ class Distillation:
             self.checkpoints.save(
                 step,
                 {"model": self.student_model.state_dict(), "optimizer": optimizer_tensors},
-                {"step": step, "optimizer": optimizer_state, "best": self.best, "fingerprints": self.fingerprints},
+                {"step": step, "optimizer": optimizer_state, "best": self.best, "tokens_seen": self.tokens_seen, "fingerprints": self.fingerprints},
                 best=self.best.get("step") == step,
             )
             self.run.set_step(step)
@@ -145,7 +150,7 @@ class Distillation:
         compare_fingerprints(checkpoint.state["fingerprints"], self.fingerprints, self.config.resume_allow)
         self.student_model.load_state_dict(checkpoint.tensors("model"), strict=False)
         load_optimizer(self.optimizer, self.student_model, checkpoint.tensors("optimizer"), checkpoint.state["optimizer"])
-        self.best = checkpoint.state["best"]
+        self.best, self.tokens_seen = checkpoint.state["best"], checkpoint.state["tokens_seen"]
         self.run.truncate_metrics(checkpoint.step)
         return checkpoint.step
 
@@ -200,7 +205,7 @@ def prepare(config: Config, run: RunFolder) -> Distillation:
         ),
         objective=build_objective(config.objective, objective_function, len(tokenizer)),
         optimizer=build_optimizer(language_model, trainer),
-        evaluator=build_evaluator(config, accelerator, data, teacher_model, tokenizer),
+        evaluator=build_evaluator(config, accelerator, data, teacher_model, tokenizer, run.path),
         checkpoints=Checkpoints(run.path / "checkpoints", keep=trainer.keep_checkpoints),
         tracker=tracker,
         fingerprints={
@@ -318,7 +323,12 @@ def build_objective(config: ObjectiveConfig, divergence: Callable[..., Tensor], 
 
 
 def build_evaluator(
-    config: Config, accelerator: Accelerator, data: PreparedData, teacher: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase
+    config: Config,
+    accelerator: Accelerator,
+    data: PreparedData,
+    teacher: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    output_dir: Path,
 ) -> Evaluator | None:
     """The evaluation hooks over held-out text; None when none is held out."""
     held_out = data.held_out
@@ -341,4 +351,5 @@ def build_evaluator(
         autocast=accelerator.autocast,
         gather_sum=lambda value: accelerator.reduce(value, "sum"),
         show_progress=accelerator.is_main_process,
+        output_dir=output_dir,
     )

@@ -72,6 +72,7 @@ def training_loop(d: Distillation, last_step: int, stop: StopRequest) -> None:
             is_last = step == trainer.max_steps
 
             metrics, stop_now = optimizer_step(d, micro_batches, step, stop_requested=stop.requested)
+            d.tokens_seen += int(metrics["train/tokens"])
             progress.update(step, metrics)
 
             if is_last or _due(step, trainer.eval_every):

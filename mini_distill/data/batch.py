@@ -37,5 +37,9 @@ class Batch:
         """The same batch on `device`."""
         return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
 
+    def split_rows(self) -> list[Batch]:
+        """Each row as a batch of one."""
+        return [Batch(**{f.name: getattr(self, f.name)[i : i + 1] for f in fields(self)}) for i in range(len(self))]
+
     def __len__(self) -> int:
         return self.input_ids.shape[0]

@@ -1,0 +1,125 @@
+"""What a run leaves behind: the student's folder, the summary, the model card, and the table on the screen."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig
+
+from .data.loader import evaluation_batches
+from .distillation import Distillation
+from .evaluation.model_card import CardFacts, write_model_card
+from .evaluation.samples import Sample, format_samples
+from .evaluation.speed import forward_tokens_per_second, num_parameters
+from .evaluation.table import build_summary, format_table
+from .storage import atomic_folder
+
+
+def already_finished(d: Distillation, last_step: int) -> dict[str, Any] | None:
+    """The summary of a run that has nothing left to do, printed again; None otherwise."""
+    path = d.run.path / "summary.json"
+    if last_step < d.config.trainer.max_steps or not path.exists() or not (d.run.path / "student" / "config.json").exists():
+        return None
+    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if summary.get("train/steps") != last_step:
+        return None  # written before the run was made longer
+    if d.accelerator.is_main_process:
+        print(format_table(summary))
+        print(f"\nAlready finished at step {last_step}; nothing to do. The student: {d.run.path / 'student'}")
+    return summary
+
+
+def write_result(d: Distillation) -> dict[str, Any]:
+    """Write student/, summary.json and the model card, print the table and the samples, and give the summary."""
+    exported_step = export_weights(d)
+    after = metrics_at(d, exported_step)
+    samples = write_samples(d)
+    summary = build_summary(metrics_at(d, 0), after, _facts(d, exported_step))
+    if d.accelerator.is_main_process:
+        facts = CardFacts(
+            config=d.config,
+            objective=d.objective.formula(),
+            training_steps=exported_step,
+            training_tokens=d.tokens_seen,
+            summary=summary,
+            samples=samples,
+            held_out_sequences=len(d.data.held_out) if d.data.held_out is not None else None,
+        )
+        write_student(d, facts)
+        write_model_card(facts, d.run.path)
+        d.run.write_summary(summary)
+        show(d, summary, samples)
+    d.accelerator.wait_for_everyone()
+    return summary
+
+
+def export_weights(d: Distillation) -> int:
+    """Put the weights to export into the student, and give their step: the last, or with `trainer.export=best` the best."""
+    last = d.config.trainer.max_steps
+    best = int(d.best.get("step", last))
+    if d.config.trainer.export == "best" and best != last:
+        checkpoint = d.checkpoints.at(d.checkpoints.folder / f"step-{best:08d}")
+        d.student_model.load_state_dict(checkpoint.tensors("model"), strict=False)
+        return best
+    return last
+
+
+def metrics_at(d: Distillation, step: int) -> dict[str, float]:
+    """The logged evaluation of a step."""
+    rows = [row for row in d.run.metrics() if row["step"] == step]
+    return {key: value for row in rows for key, value in row.items() if key.startswith("eval/")}
+
+
+def write_student(d: Distillation, facts: CardFacts) -> None:
+    """An ordinary Hugging Face folder: `AutoModelForCausalLM.from_pretrained(".../student")`."""
+    with atomic_folder(d.run.path / "student") as folder:
+        model = d.student_model
+        model.generation_config = generation_config(d)
+        model.save_pretrained(folder)
+        d.tokenizer.save_pretrained(folder)
+        write_model_card(facts, Path(folder))
+
+
+def generation_config(d: Distillation) -> GenerationConfig:
+    """The student's own, kept from writing the padding columns of a padded vocabulary, which no loss ever trained."""
+    config = d.student_model.generation_config or GenerationConfig()
+    rows = d.student_model.get_input_embeddings().weight.shape[0]
+    padding = list(range(len(d.tokenizer), rows))
+    if padding:
+        config.suppress_tokens = padding
+    return config
+
+
+def write_samples(d: Distillation) -> list[Sample]:
+    """Teacher and student on the same prompts."""
+    if d.evaluator is None or d.config.evaluation.num_samples == 0 or not d.accelerator.is_main_process:
+        return []
+    models = {"teacher": d.teacher.model if d.teacher else None, "student": d.student_model}
+    return d.evaluator.samples({name: model for name, model in models.items() if model is not None}, d.config.seed)
+
+
+def show(d: Distillation, summary: dict[str, Any], samples: list[Sample]) -> None:
+    """The end of the run on the screen."""
+    if samples:
+        print("\n" + format_samples(samples, color=sys.stdout.isatty()))
+    print("\n" + format_table(summary))
+    print(f"\nThe student: {d.run.path / 'student'}")
+
+
+def _facts(d: Distillation, exported_step: int) -> dict[str, Any]:
+    models = {"student": d.student_model} | ({"teacher": d.teacher.model} if d.teacher else {})
+    facts: dict[str, Any] = {
+        "train/steps": d.config.trainer.max_steps,
+        "train/exported_step": exported_step,
+        "train/tokens_seen": d.tokens_seen,
+        **{f"model/{name}_parameters": num_parameters(model) for name, model in models.items()},
+        **{f"data/{key}": value for key, value in d.data.report.items() if isinstance(value, int | float)},
+    }
+    if d.data.held_out is not None:
+        batch = next(evaluation_batches(d.data.held_out, d.config.evaluation.batch_size, 1)).to(d.accelerator.device)
+        speeds = forward_tokens_per_second(models, batch, d.accelerator.autocast)
+        facts |= {f"perf/{name}_tokens_per_second": value for name, value in speeds.items()}
+    return facts
