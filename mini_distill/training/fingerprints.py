@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..config import known_keys
 from ..errors import ConfigError, Problem
 
 HARMLESS = (
@@ -65,9 +66,19 @@ def _covers(name: str, key: str) -> bool:
 
 
 def _problem(key: str, old: Any, new: Any) -> Problem:
-    key = key.removeprefix("config.")  # what people type
-    remedy = f"Give the old value back, add resume_allow=[{key}] to go on with the new one, or start anew with resume=never or another output_dir."
-    return Problem(key, f"got {_shown(new)}, and the run to be resumed has {_shown(old)}", remedy)
+    name = _allowable(key)
+    remedy = f"Give the old value back, add resume_allow=[{name}] to go on with the new one, or start anew with resume=never or another output_dir."
+    return Problem(key.removeprefix("config."), f"got {_shown(new)}, and the run to be resumed has {_shown(old)}", remedy)
+
+
+def _allowable(key: str) -> str:
+    """What `resume_allow` takes for this key: a setting of the contract, or a whole fingerprint such as data."""
+    if not key.startswith("config."):
+        return key.partition(".")[0]
+    name, known = key.removeprefix("config."), known_keys()
+    while name not in known and "." in name:  # inside a free mapping such as data.mixture
+        name = name.rpartition(".")[0]
+    return name
 
 
 def _shown(value: Any) -> str:
