@@ -305,7 +305,7 @@ def test_too_little_space_is_found_before_the_start(tmp_path: Path) -> None:
 
 def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
-    with pytest.raises(StorageError, match="run: cannot make the folder: File exists. Move it away"):
+    with pytest.raises(StorageError, match=r"run: cannot make the folder: File exists. Move it away"):
         check_writable(tmp_path / "run")
     with pytest.raises(StorageError, match="cannot make the folder: Not a directory"):
         check_writable(tmp_path / "run" / "inner")
@@ -313,7 +313,7 @@ def test_a_file_in_the_place_of_the_folder_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a" * 300, "a\0b"])
 def test_impossible_names_are_one_line(tmp_path: Path, name: str) -> None:
-    with pytest.raises(StorageError, match="File name too long|not a possible name"):
+    with pytest.raises(StorageError, match=r"File name too long|not a possible name"):
         check_writable(tmp_path / name)
 
 
@@ -323,7 +323,7 @@ def test_a_folder_without_the_right_to_write_is_refused() -> None:
             os.chmod(name, 0o555)
             if os.geteuid() == 0:
                 os.seteuid(65534)  # permissions do not bind root
-            with pytest.raises(StorageError, match="cannot write into the folder: Permission denied. Give yourself the right"):
+            with pytest.raises(StorageError, match=r"cannot write into the folder: Permission denied. Give yourself the right"):
                 check_writable(name)
             os.seteuid(os.getuid())
 

@@ -68,11 +68,12 @@ class Checkpoint:
             raise StorageError(str(self.path), f"holds no '{name}' (it holds {', '.join(self.names)})")
         file = self.path / f"{name}.safetensors"
         try:
-            with storage_errors(file, "read"):
-                tensors = safetensors.torch.load_file(file)
-        except SafetensorError as error:
-            raise StorageError(str(file), f"not a safetensors file: {error}") from error
-        return tensors | {alias: tensors[target] for alias, target in self.aliases[name].items()}
+            tensors = safetensors.torch.load_file(file)
+            return tensors | {alias: tensors[target] for alias, target in self.aliases[name].items()}
+        except (OSError, SafetensorError) as error:
+            raise StorageError(str(file), f"not a safetensors file that can be read: {error}") from error
+        except KeyError as error:
+            raise StorageError(str(file), f"holds no tensor {error}") from error
 
 
 class Checkpoints:
@@ -157,8 +158,7 @@ class Checkpoints:
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
             raise StorageError(str(path), f"damaged: {problems[0]}{more}")
         try:
-            content = json.loads((path / STATE).read_bytes())
-            return Checkpoint(path, content["step"], content["state"], content["best_step"], content["aliases"])
+            return _read_state(path)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StorageError(str(path), f"damaged: {STATE} is not a checkpoint's") from error
 
@@ -201,10 +201,9 @@ class Checkpoints:
         """What the newest earlier checkpoint knew as the best; unverified, as it only decides what is kept."""
         for _, path in sorted(self._on_disk().items(), reverse=True):
             try:
-                content = json.loads((path / STATE).read_bytes())
-                if content["step"] < step:
-                    best: int | None = content["best_step"]
-                    return best
+                checkpoint = _read_state(path)
+                if checkpoint.step < step:
+                    return checkpoint.best_step
             except (OSError, ValueError, KeyError, TypeError):
                 continue
         return None
@@ -215,6 +214,16 @@ class Checkpoints:
         for step in earlier[: max(0, len(earlier) - (self.keep - 1))]:
             if step != best_step:
                 remove_folder(self._path(step))
+
+
+def _read_state(path: Path) -> Checkpoint:
+    """Raises OSError, ValueError, KeyError or TypeError for anything but a state that `save` wrote."""
+    content = json.loads((path / STATE).read_bytes())
+    aliases = dict(content["aliases"])
+    plain_names = all(re.fullmatch(r"\w[\w.-]*", name) and isinstance(tied, dict) for name, tied in aliases.items())
+    if content["format"] != FORMAT or not isinstance(content["step"], int) or not plain_names:
+        raise ValueError("not a state of this format")
+    return Checkpoint(path, content["step"], content["state"], content["best_step"], aliases)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- tensors
