@@ -11,7 +11,7 @@ import torch
 
 def seed_everything(seed: int, rank: int = 0) -> None:
     """Seed all generators. Ranks draw different numbers (dropout); give every rank the same `rank` for weights they must share."""
-    _seed(seed, rank)
+    _seed(seed, rank, 0, 1)  # no step's: to SeedSequence a missing part is a 0, so a step's fourth part is 0
 
 
 def seed_step(seed: int, step: int, rank: int = 0) -> None:
