@@ -23,6 +23,7 @@ TEACHER_KINDS = ("embedded", "hf", "none")
 STUDENT_KINDS = ("scratch", "from_teacher", "hf")
 DATA_SOURCES = ("python_stdlib", "text", "jsonl", "hub", "mixture")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+FINGERPRINTS = ("tokenizer", "global_batch_size")  # compared on resuming besides the settings; resume_allow takes them too
 
 
 def option(default: Any, help: str, **limits: Any) -> Any:
@@ -452,7 +453,7 @@ def _check_trainer(config: Config) -> Iterator[Problem]:
         yield Problem(f"{flash[0]}.attn_implementation", "flash attention keeps packed documents apart only with trainer.micro_batch_size=1", "Use sdpa, or micro_batch_size=1 with more grad_accum_steps.")
     if config.resume not in ("auto", "never") and not Path(config.resume).expanduser().exists():
         yield Problem("resume", f"got '{config.resume}', expected auto, never or a checkpoint folder")
-    keys = known_keys()
+    keys = [*known_keys(), *FINGERPRINTS]
     for key in config.resume_allow:
         if key not in keys:
             yield Problem("resume_allow", f"unknown setting '{key}'", did_you_mean(key, keys))

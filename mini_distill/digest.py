@@ -46,8 +46,9 @@ def digest_run(path: Path | str) -> str:
     for name in checkpoint.names:
         _add_tensors(digest, name, checkpoint.tensors(name))
     _add_value(digest, "state", {key: value for key, value in checkpoint.state.items() if key != "fingerprints"})
-    _add_value(digest, "metrics", _results(RunFolder(path, {}).metrics()))
-    for file in sorted((path / "student").glob("*.safetensors")):
+    run = RunFolder(path, {})
+    _add_value(digest, "metrics", _results(run.metrics()))
+    for file in sorted((path / "student").glob("*.safetensors")) if run.status().get("state") == "finished" else []:
         _add_tensors(digest, file.name, _load(file))
     return digest.hexdigest()
 

@@ -230,7 +230,8 @@ def remove_stale_temporaries(parent: Path | str) -> None:
                 continue
             final = entry.parent / match["name"]
             if match["kind"] == "old" and not os.path.lexists(final):
-                os.rename(entry, final)
+                with contextlib.suppress(FileNotFoundError):  # another rank was quicker
+                    os.rename(entry, final)
             else:
                 _delete(entry)
 

@@ -58,6 +58,16 @@ def test_rows_spread_over_lines_digest_as_one(tmp_path: Path) -> None:
     assert digest_run(one) == digest_run(two)
 
 
+def test_the_student_counts_once_the_run_has_finished(tmp_path: Path) -> None:
+    """A run that was made longer still holds the student of its first end."""
+    digests = set()
+    for name, student in (("a", 1.0), ("b", 2.0)):
+        run = make_run(tmp_path / name, student=student)
+        (run / "status.json").write_text('{"state": "running", "step": 2}')
+        digests.add(digest_run(run))
+    assert len(digests) == 1
+
+
 @pytest.mark.parametrize(
     ("make", "code", "words"),
     [

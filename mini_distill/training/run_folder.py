@@ -78,7 +78,7 @@ class RunFolder:
         with contextlib.ExitStack() as held:
             self._take(held)
             remove_stale_temporaries(self.path)
-            self._step = int(_read_status(self.path).get("step", 0))
+            self._step = self.status().get("step", 0)
             self._write_status("running", None)
             atomic_write_text(self.path / "config.yaml", yaml.safe_dump(redact(self._config), sort_keys=False, allow_unicode=True))
             self._open_metrics()
@@ -94,10 +94,9 @@ class RunFolder:
             try:
                 self._write_error_log(error)
                 self._write_status(state, exit_code)
-            except StorageError as second:
+            except StorageError:
                 if error is None:
-                    raise
-                logger.warning("%s", second)  # the first error is the one to tell
+                    raise  # otherwise the first error is the one to tell
 
     def _take(self, held: contextlib.ExitStack) -> None:
         """The folder, ours and locked; with resume=never a new one, the old run moved aside."""
@@ -117,6 +116,10 @@ class RunFolder:
             lock.__exit__()
 
     # -------------------------------------------------------------------------------------------------------------- status
+
+    def status(self) -> dict[str, Any]:
+        """What status.json says: state, step, exit_code, updated, pid; empty when it is missing or damaged."""
+        return _read_status(self.path)
 
     def set_step(self, step: int) -> None:
         """Note the optimizer step that is reached; status.json follows at most every 30 seconds, and at the end."""
@@ -236,7 +239,7 @@ def _read_status(path: Path) -> dict[str, Any]:
         status = json.loads((path / "status.json").read_bytes())
     except (OSError, ValueError):
         return {}
-    return status if isinstance(status, dict) else {}
+    return status if isinstance(status, dict) and isinstance(status.get("step"), int) else {}
 
 
 # ---------------------------------------------------------------------------------------------------------------- ends and values

@@ -121,7 +121,7 @@ def test_wandb_offline_goes_on_in_the_same_run_and_holds_no_secret(
     assert not [record for record in caplog.records if record.name.startswith("mini_distill")]
     assert ids[0] == ids[1]
     folders = list((run / "wandb").glob("offline-run-*"))
-    assert folders and all(folder.name.endswith(ids[0].strip()) for folder in folders)
+    assert folders and all(f"-{ids[0].strip()}" in folder.name for folder in folders)
     written = b"".join(file.read_bytes() for file in run.rglob("*") if file.is_file())
     assert b"train/loss" in written
     assert not [s for s in (b"given-on-the-command-line", b"hunter2", b"hf-token-from-environment") if s in written]
