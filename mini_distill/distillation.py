@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -111,7 +112,7 @@ class Distillation:
     def note_if_best(self, step: int, metrics: dict[str, float]) -> bool:
         """Whether this step's evaluation is the best so far by `evaluation.best_metric`."""
         value = metrics.get(self.config.evaluation.best_metric)
-        if value is None:
+        if value is None or not math.isfinite(value):
             return False
         lowest = self.config.evaluation.best_is == "lowest"
         if not self.best or (value < self.best["value"] if lowest else value > self.best["value"]):
@@ -146,12 +147,14 @@ class Distillation:
         folder = self.config.resume
         checkpoint = self.checkpoints.newest() if folder in ("auto", "never") else self.checkpoints.at(folder)
         if checkpoint is None:
+            self.run.truncate_metrics(None)  # rows of a run that was killed before its first checkpoint
             return 0
         compare_fingerprints(checkpoint.state["fingerprints"], self.fingerprints, self.config.resume_allow)
-        self.student_model.load_state_dict(checkpoint.tensors("model"), strict=False)
+        self.student_model.load_state_dict(checkpoint.tensors("model"))
         load_optimizer(self.optimizer, self.student_model, checkpoint.tensors("optimizer"), checkpoint.state["optimizer"])
         self.best, self.tokens_seen = checkpoint.state["best"], checkpoint.state["tokens_seen"]
         self.run.truncate_metrics(checkpoint.step)
+        self.checkpoints.rewind(checkpoint.step)  # with resume=<folder> there may be later ones, of a way not taken
         return checkpoint.step
 
 

@@ -62,7 +62,7 @@ def export_weights(d: Distillation) -> int:
     best = int(d.best.get("step", last))
     if d.config.trainer.export == "best" and best != last:
         checkpoint = d.checkpoints.at(d.checkpoints.folder / f"step-{best:08d}")
-        d.student_model.load_state_dict(checkpoint.tensors("model"), strict=False)
+        d.student_model.load_state_dict(checkpoint.tensors("model"))
         return best
     return last
 

@@ -16,6 +16,7 @@ if __name__ == "__main__":  # --help and configuration errors are answered befor
 
 from contextlib import nullcontext
 from functools import partial
+from time import perf_counter
 from typing import Any
 
 from torch import Tensor, nn
@@ -67,11 +68,13 @@ def training_loop(d: Distillation, last_step: int, stop: StopRequest) -> None:
     batches = d.batches.steps(first_step=last_step + 1)
     with d.progress(last_step) as progress:
         for step in range(last_step + 1, trainer.max_steps + 1):
+            started = perf_counter()
             seed_step(d.config.seed, step, d.accelerator.process_index)
             micro_batches = [batch.to(d.accelerator.device) for batch in next(batches)]
             is_last = step == trainer.max_steps
 
             metrics, stop_now = optimizer_step(d, micro_batches, step, stop_requested=stop.requested)
+            metrics["perf/tokens_per_second"] = metrics["train/tokens"] / (perf_counter() - started)
             d.tokens_seen += int(metrics["train/tokens"])
             progress.update(step, metrics)
 

@@ -37,6 +37,15 @@ class Batch:
         """The same batch on `device`."""
         return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
 
+    @classmethod
+    def concatenate(cls, batches: list[Batch]) -> Batch:
+        """Several batches of the same sequence length as one."""
+        return cls(**{f.name: torch.cat([getattr(batch, f.name) for batch in batches]) for f in fields(cls)})
+
+    def row(self, i: int) -> Batch:
+        """Row i without its batch axis: fields of shape `(seq,)`."""
+        return Batch(**{f.name: getattr(self, f.name)[i] for f in fields(self)})
+
     def split_rows(self) -> list[Batch]:
         """Each row as a batch of one."""
         return [Batch(**{f.name: getattr(self, f.name)[i : i + 1] for f in fields(self)}) for i in range(len(self))]

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import DataError
+
 
 @dataclass(frozen=True)
 class Row:
@@ -34,3 +36,11 @@ class Rendered:
     input_ids: np.ndarray
     supervised: np.ndarray
     num_bytes: np.ndarray
+
+
+class RowError(DataError):
+    """A row that cannot be used, with the reason under which it is counted when bad rows are skipped."""
+
+    def __init__(self, where: str, what: str, remedy: str = "", reason: str = "malformed") -> None:
+        super().__init__(where, what, remedy)
+        self.reason = reason

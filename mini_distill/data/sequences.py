@@ -1,0 +1,104 @@
+"""Training sequences: token rows on disk, seen through a packing plan."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..losses.reduction import IGNORE_INDEX
+from .batch import Batch
+from .order import ShuffledEpochs
+from .packing import Plan
+
+
+class TokenRows:
+    """The token rows of one side (training or held out) of a prepared source, memory-mapped.
+
+    Attributes:
+        input_ids: `(tokens,)` all rows one after the other.
+        supervised: `(tokens,)` bool.
+        num_bytes: `(tokens,)`.
+        offset: `(rows + 1,)` row i is `offset[i]:offset[i + 1]`.
+        origins: Where each row stands in its source.
+    """
+
+    def __init__(self, folder: Path, side: str) -> None:
+        def load(name: str) -> np.ndarray:
+            file = folder / f"{side}.{name}.npy"
+            return np.load(file, mmap_mode="r" if file.stat().st_size > 1024 else None, allow_pickle=False)
+
+        self.input_ids, self.supervised, self.num_bytes = load("input_ids"), load("supervised"), load("num_bytes")
+        self.offset = np.asarray(load("offset"))
+        self.origins: list[str] = json.loads((folder / f"{side}.origins.json").read_text(encoding="utf-8"))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """`(rows,)` tokens."""
+        return np.diff(self.offset)
+
+    def __len__(self) -> int:
+        return len(self.offset) - 1
+
+
+class Sequences:
+    """Sequences of `seq_len` tokens, by number.
+
+    The first token of a piece is never supervised, also where a document was split: what precedes it is not in the sequence.
+
+    Args:
+        rows: The tokens.
+        plan: Which pieces stand in which sequence.
+        seq_len: Tokens of a sequence; shorter ones are padded on the right.
+        pad_id: The token of padding; never looked at.
+    """
+
+    def __init__(self, rows: TokenRows, plan: Plan, seq_len: int, pad_id: int) -> None:
+        self.rows, self.plan, self.seq_len, self.pad_id = rows, plan, seq_len, pad_id
+        begin = rows.offset[plan.document] + plan.start
+        counted = np.concatenate([[0], np.cumsum(rows.supervised, dtype=np.int64)])
+        self.num_supervised = int((counted[begin + plan.length] - counted[begin + 1]).sum())
+
+    def __len__(self) -> int:
+        return len(self.plan.offset) - 1
+
+    def __getitem__(self, index: int) -> Batch:
+        """One sequence; its fields have shape `(seq,)`."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self.batch([index]).row(0)
+
+    def batch(self, indices: list[int]) -> Batch:
+        """The sequences with these numbers: a `Batch` of shape `(len(indices), seq_len)`."""
+        shape = (len(indices), self.seq_len)
+        input_ids = np.full(shape, self.pad_id, dtype=np.int64)
+        labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
+        position_ids, num_bytes = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+        for row, index in enumerate(indices):
+            at = 0
+            for document, start, length in self._pieces(index):
+                source = slice(self.rows.offset[document] + start, self.rows.offset[document] + start + length)
+                here = slice(at, at + length)
+                tokens = self.rows.input_ids[source]
+                input_ids[row, here] = tokens
+                labels[row, here] = np.where(self.rows.supervised[source], tokens, IGNORE_INDEX)
+                labels[row, at] = IGNORE_INDEX
+                position_ids[row, here] = np.arange(length)
+                num_bytes[row, here] = self.rows.num_bytes[source]
+                at += length
+        arrays = (input_ids, labels, position_ids, np.asarray(indices, dtype=np.int64), num_bytes)
+        return Batch(*(torch.from_numpy(array) for array in arrays))
+
+    def origins(self, index: int) -> list[str]:
+        """Where the documents of a sequence stand in their source."""
+        return [self.rows.origins[document] for document, _, _ in self._pieces(index)]
+
+    def order(self, seed: int) -> ShuffledEpochs:
+        """The k-th draw of training: epochs in shuffled order."""
+        return ShuffledEpochs(len(self), seed)
+
+    def _pieces(self, index: int) -> list[tuple[int, int, int]]:
+        plan, pieces = self.plan, slice(self.plan.offset[index], self.plan.offset[index + 1])
+        return list(zip(plan.document[pieces].tolist(), plan.start[pieces].tolist(), plan.length[pieces].tolist(), strict=True))

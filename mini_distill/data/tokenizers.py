@@ -1,0 +1,41 @@
+"""What a tokenizer is, and whether two are the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import ModelError
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 over everything that decides the tokens: token→id map, merges, normaliser, pre-tokeniser, special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content: dict[str, Any] = {"vocabulary": tokenizer.get_vocab(), "special": tokenizer.special_tokens_map}
+    if backend is not None:
+        pipeline = json.loads(backend.to_str())
+        content["pipeline"] = {key: value for key, value in pipeline.items() if key not in ("padding", "truncation")}  # set per call
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def check_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, where: str = "student.path") -> None:
+    """Teacher and student must give every token the same id; sizes prove nothing, neither equal nor different ones.
+
+    Raises:
+        ModelError: names the first tokens that differ.
+    """
+    ours, theirs = teacher.get_vocab(), student.get_vocab()
+    if ours == theirs:
+        return
+    moved = sorted(token for token in ours.keys() & theirs.keys() if ours[token] != theirs[token])
+    only_teacher, only_student = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
+    details = [f"{token!r} is {ours[token]} and {theirs[token]}" for token in moved[:2]]
+    details += [f"{len(only)} tokens such as {only[0]!r} only in the {name}'s" for only, name in ((only_teacher, "teacher"), (only_student, "student")) if only]
+    raise ModelError(
+        where,
+        f"teacher and student have different tokenizers ({'; '.join(details)})",
+        "Logits compare only token by token: choose a student of the teacher's family, or one from scratch (student=mini_2m).",
+    )

@@ -1,0 +1,76 @@
+"""Students that begin with their teacher's own weights."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import ConfigError, ModelError
+
+
+def evenly_spaced(num_layers: int, of: int) -> list[int]:
+    """Which of a teacher's layers to keep: the first, the last, and the others as evenly as can be between them.
+
+    One layer alone is the first: it is the one that reads the embedding it was trained on.
+    """
+    if num_layers == 1:
+        return [0]
+    return [round(i * (of - 1) / (num_layers - 1)) for i in range(num_layers)]
+
+
+def from_teacher_layers(teacher: PreTrainedModel, num_layers: int | None) -> PreTrainedModel:
+    """A float32 copy of `teacher` with `num_layers` of its own blocks, evenly spaced (as DistilBERT, arXiv 1910.01108, began).
+
+    Embedding, norms and head are copied whole; the copy shares no storage with the teacher.
+
+    Args:
+        teacher: Any model with one list of blocks.
+        num_layers: How many; None: a quarter of them.
+
+    Raises:
+        ConfigError: more layers than the teacher has.
+        ModelError: the teacher's blocks cannot be told apart from the rest.
+    """
+    of = teacher.config.get_text_config().num_hidden_layers
+    num_layers = num_layers or max(1, of // 4)
+    if num_layers > of:
+        raise ConfigError("student.num_layers", f"got {num_layers}, and the teacher has {of}")
+    kept = evenly_spaced(num_layers, of)
+    config = copy.deepcopy(teacher.config)
+    text = config.get_text_config()
+    text.num_hidden_layers = num_layers
+    for name, value in vars(text).items():
+        if isinstance(value, list) and len(value) == of:  # layer_types and the like: one entry a layer
+            setattr(text, name, [value[i] for i in kept])
+    student = type(teacher)(config).float()
+    student.load_state_dict(_kept_weights(teacher, kept))
+    student.generation_config = copy.deepcopy(teacher.generation_config)
+    return student.eval()
+
+
+def _kept_weights(teacher: PreTrainedModel, kept: list[int]) -> dict[str, Tensor]:
+    """The teacher's state dict without the other blocks, the kept ones renumbered."""
+    prefix = _blocks_prefix(teacher)
+    new_number = {str(old): str(new) for new, old in enumerate(kept)}
+    state = {}
+    for key, value in teacher.state_dict().items():
+        value = value.float() if value.is_floating_point() else value
+        if not key.startswith(prefix):
+            state[key] = value
+            continue
+        number, _, rest = key.removeprefix(prefix).partition(".")
+        if number in new_number:
+            state[f"{prefix}{new_number[number]}.{rest}"] = value
+    return state
+
+
+def _blocks_prefix(model: PreTrainedModel) -> str:
+    """The path of the list of blocks, `model.layers.` for Llama, `transformer.h.` for GPT-2."""
+    of = model.config.get_text_config().num_hidden_layers
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == of]
+    outermost = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
+    if len(outermost) != 1:
+        raise ModelError("student.kind", f"cannot tell which list of {type(model).__name__} holds its {of} blocks", "Use student=mini_2m or another preset.")
+    return outermost[0] + "."
