@@ -9,6 +9,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def prepare_overrides(arguments: list[str]) -> list[str]:
 
 def _user_config_dirs(arguments: list[str]) -> list[Path]:
     given = [a.split("=", 1)[1] for a in arguments if a.startswith(("--config-dir=", "-cd="))]
-    given += [b for a, b in zip(arguments, arguments[1:], strict=False) if a in ("--config-dir", "-cd")]
+    given += [b for a, b in pairwise(arguments) if a in ("--config-dir", "-cd")]
     return [Path(folder) for folder in given if Path(folder).is_dir()]
 
 

@@ -162,19 +162,22 @@ class Distillation:
 
 
 @contextmanager
-def open_run(config: Config) -> Iterator[tuple[RunFolder, StopRequest]]:
-    """The run's folder, locked, and the handler of SIGTERM and Ctrl-C."""
+def open_run(config: Config) -> Iterator[tuple[RunFolder, StopRequest, Tracker]]:
+    """The run's folder, locked, the handler of SIGTERM and Ctrl-C, and the tracker; all closed again however the run ends."""
     assert config.output_dir is not None
-    is_main = int(os.environ.get("RANK", "0")) == 0
-    with RunFolder(config.output_dir, dataclasses.asdict(config), resume=config.resume, is_main=is_main) as run, StopRequest() as stop:
-        yield run, stop
+    plain, is_main = dataclasses.asdict(config), int(os.environ.get("RANK", "0")) == 0
+    with RunFolder(config.output_dir, plain, resume=config.resume, is_main=is_main) as run, StopRequest() as stop:
+        tracker = open_tracker(config.tracking, run.path, plain, is_main)
+        try:
+            yield run, stop, tracker
+        finally:
+            tracker.close()
 
 
-def prepare(config: Config, run: RunFolder) -> Distillation:
+def prepare(config: Config, run: RunFolder, tracker: Tracker) -> Distillation:
     """Load, build and check everything, the cheap things first."""
     accelerator = start_processes(config)
     objective_function = load_divergence(config.objective)
-    tracker = open_tracker(config.tracking, run.path, dataclasses.asdict(config), accelerator.is_main_process)
     teacher_model = load_teacher(config, accelerator.device)
     tokenizer = load_shared_tokenizer(config)
     with accelerator.main_process_first():
@@ -187,6 +190,9 @@ def prepare(config: Config, run: RunFolder) -> Distillation:
     language_model = LanguageModel(student_model.to(accelerator.device)).train()
     student = ready_to_train(language_model, config, accelerator)
     trainer = config.trainer
+    checkpoints = Checkpoints(run.path / "checkpoints", keep=trainer.keep_checkpoints)
+    if accelerator.is_main_process:
+        checkpoints.check_space(language_model)
     return Distillation(
         config=config,
         run=run,
@@ -209,7 +215,7 @@ def prepare(config: Config, run: RunFolder) -> Distillation:
         objective=build_objective(config.objective, objective_function, len(tokenizer)),
         optimizer=build_optimizer(language_model, trainer),
         evaluator=build_evaluator(config, accelerator, data, teacher_model, tokenizer, run.path),
-        checkpoints=Checkpoints(run.path / "checkpoints", keep=trainer.keep_checkpoints),
+        checkpoints=checkpoints,
         tracker=tracker,
         fingerprints={
             "config": dataclasses.asdict(config),

@@ -15,6 +15,7 @@ from .evaluation.model_card import CardFacts, write_model_card
 from .evaluation.samples import Sample, format_samples
 from .evaluation.speed import forward_tokens_per_second, num_parameters
 from .evaluation.table import build_summary, format_table
+from .models.loading import quiet
 from .storage import atomic_folder
 
 
@@ -75,7 +76,7 @@ def metrics_at(d: Distillation, step: int) -> dict[str, float]:
 
 def write_student(d: Distillation, facts: CardFacts) -> None:
     """An ordinary Hugging Face folder: `AutoModelForCausalLM.from_pretrained(".../student")`."""
-    with atomic_folder(d.run.path / "student") as folder:
+    with atomic_folder(d.run.path / "student") as folder, quiet():
         model = d.student_model
         model.generation_config = generation_config(d)
         model.save_pretrained(folder)

@@ -23,14 +23,14 @@ from torch import Tensor, nn
 
 from .config import Config
 from .data.batch import Batch
+from .distillation import Distillation, open_run, prepare
 from .losses.objective import Objective, ObjectiveSums
 from .losses.reduction import count_valid_tokens, supervised_targets
+from .result import already_finished, write_result
 from .teachers.online import OnlineTeacher
 from .training.numerics import add_terms, check_finite, clip_gradient, step_metrics
 from .training.optimizer import learning_rate, set_learning_rate
 from .training.randomness import seed_step
-from .result import already_finished, write_result
-from .distillation import Distillation, open_run, prepare
 from .training.signals import StopRequest
 
 
@@ -46,9 +46,8 @@ def train(config: Config) -> dict[str, Any]:
         MiniDistillError: any problem that is the user's to mend, each kind with its exit code.
         Preempted: SIGTERM or Ctrl-C; the run is saved.
     """
-
-    with open_run(config) as (run, stop):
-        d = prepare(config, run)  # tokenizer, teacher, student, data, objective, optimizer
+    with open_run(config) as (run, stop, tracker):
+        d = prepare(config, run, tracker)  # tokenizer, teacher, student, data, objective, optimizer
         last_step = d.resume()  # 0 for a new run
         if (summary := already_finished(d, last_step)) is not None:
             return summary

@@ -21,8 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from mini_distill.cli import load_config
 from mini_distill.config import DataConfig
-from mini_distill.data.prepare import prepare_data
-from mini_distill.data.prepare import training_rows
+from mini_distill.data.prepare import prepare_data, training_rows
 from mini_distill.train import train
 
 VOCABULARY = 4096

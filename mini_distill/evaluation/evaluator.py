@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
@@ -53,7 +53,7 @@ class Evaluator:
         self,
         config: EvaluationConfig,
         *,
-        held_out: Sequence[Any],
+        held_out: Any,
         batches: Callable[[], Iterable[Batch]],
         teacher: PreTrainedModel | None,
         tokenizer: Any,
@@ -127,7 +127,7 @@ class Evaluator:
         return min(len(self.tokenizer), *sizes)
 
     def _progress(self, batches: Iterable[Batch]) -> Iterable[Batch]:
-        return tqdm(batches, desc="evaluating", unit="batch", total=self.config.max_batches, leave=False, disable=not self.show_progress)
+        return tqdm(batches, desc="evaluating", unit="batch", total=self.config.max_batches, leave=False, disable=None if self.show_progress else True)
 
     def _context(self, student: PreTrainedModel, step: int) -> EvaluationContext:
         return EvaluationContext(student, self.teacher, self.tokenizer, step, self.batches, self.device, self.output_dir, self.gather_sum)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import textwrap
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -37,11 +36,11 @@ class Sample:
 
 
 def side_by_side(
-    config: EvaluationConfig, tokenizer: Any, models: Mapping[str, PreTrainedModel | None], held_out: Sequence[Any], seed: int
+    config: EvaluationConfig, tokenizer: Any, models: Mapping[str, PreTrainedModel | None], held_out: Any, seed: int
 ) -> list[Sample]:
     """Let every model continue every prompt.
 
-    The prompts are `config.prompts`, or the beginnings of held-out sequences; always the same ones. Generation is greedy, or
+    The prompts are `config.prompts`, or the beginnings of held-out documents; always the same ones. Generation is greedy, or
     sampled with `config.sampling_temperature` from the plain distribution; it ends at an end-of-sequence token. The global
     random state is left as it was.
 
@@ -49,7 +48,7 @@ def side_by_side(
         config: Prompts, `num_samples`, `sample_tokens`, `sampling_temperature`.
         tokenizer: The tokenizer of all models.
         models: By the name to show; None (no teacher) is left out.
-        held_out: Sequences with `input_ids` and `position_ids`.
+        held_out: The held-out sequences, whose `beginnings` are the prompts.
         seed: Of sampling; each model starts from it at each prompt.
     """
     present = {name: model for name, model in models.items() if model is not None}
@@ -60,29 +59,14 @@ def side_by_side(
     return samples
 
 
-def _prompts(config: EvaluationConfig, tokenizer: Any, held_out: Sequence[Any]) -> Iterator[list[int]]:
+def _prompts(config: EvaluationConfig, tokenizer: Any, held_out: Any) -> Iterator[list[int]]:
     if config.num_samples == 0:
         return
     if config.prompts:
         for text in config.prompts[: config.num_samples]:
             yield tokenizer(text).input_ids or [tokenizer.eos_token_id or 0]
         return
-    count = min(config.num_samples, len(held_out))
-    for i in range(count):  # evenly spread, so that they are not all from one document
-        yield _beginning(held_out[i * len(held_out) // count])
-
-
-def _beginning(sequence: Any) -> list[int]:
-    """The first tokens of a document within a sequence.
-
-    It is the first document that begins after another one, and is long enough: the one that a sequence begins with may be a
-    piece, cut out in the middle of a word.
-    """
-    ids, positions = torch.as_tensor(sequence.input_ids), torch.as_tensor(sequence.position_ids)
-    starts = [0, *((positions[1:] == 0).nonzero().flatten() + 1).tolist(), len(ids)]
-    spans = list(pairwise(starts))
-    start, end = next(((a, b) for a, b in spans[1:] if b - a >= PROMPT_TOKENS), spans[0])
-    return ids[start : min(end, start + PROMPT_TOKENS)].tolist()
+    yield from held_out.beginnings(config.num_samples, PROMPT_TOKENS)
 
 
 def _continue(model: Any, tokenizer: Any, prompt_ids: list[int], config: EvaluationConfig, seed: int) -> str:

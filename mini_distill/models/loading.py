@@ -70,7 +70,7 @@ def load_causal_lm(
     is_local = folder.is_dir()
     if is_local:
         _check_folder(folder, trust_remote_code, where)
-    with _library_errors(where, path, gated), _quiet():
+    with _library_errors(where, path, gated), quiet():
         model, info = AutoModelForCausalLM.from_pretrained(
             str(folder) if is_local else path,
             revision=revision,
@@ -144,7 +144,7 @@ def _library_errors(where: str, path: str, gated: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' own bars and warnings, which repeat what we check."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.ERROR)

@@ -13,8 +13,8 @@ from .optimizer import learning_rate
 
 if TYPE_CHECKING:
     from ..data.batch import Batch
-    from ..losses.objective import ObjectiveSums
     from ..distillation import Distillation
+    from ..losses.objective import ObjectiveSums
 
 
 def add_terms(sums: dict[str, Tensor], result: ObjectiveSums) -> None:
