@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 
@@ -39,6 +40,12 @@ class Mixture:
         if not 0 <= index < len(self):
             raise IndexError(index)
         return self.batch([index]).row(0)
+
+    def beginnings(self, count: int, length: int) -> list[list[int]]:
+        """The first `length` tokens of up to `count` documents, from the parts in turn."""
+        of_parts = [part.beginnings(count, length) for part in self.parts]
+        in_turn = [beginning for round_ in zip_longest(*of_parts) for beginning in round_ if beginning is not None]
+        return in_turn[:count]
 
     def order(self, seed: int) -> Draws:
         """The k-th draw, with the shares kept at every moment."""

@@ -95,6 +95,13 @@ class Sequences:
         """Where the documents of a sequence stand in their source."""
         return [self.rows.origins[document] for document, _, _ in self._pieces(index)]
 
+    def beginnings(self, count: int, length: int) -> list[list[int]]:
+        """The first `length` tokens of up to `count` documents, evenly spread over all that are longer."""
+        documents = np.unique(self.plan.document)
+        documents = documents[self.rows.lengths[documents] > length]
+        chosen = documents[np.arange(min(count, len(documents))) * len(documents) // max(1, count)]
+        return [self.rows.input_ids[self.rows.offset[i] : self.rows.offset[i] + length].tolist() for i in chosen]
+
     def order(self, seed: int) -> ShuffledEpochs:
         """The k-th draw of training: epochs in shuffled order."""
         return ShuffledEpochs(len(self), seed)
