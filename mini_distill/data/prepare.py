@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,21 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import DataConfig, mixture_parts
 from ..errors import DataError
-from ..storage import atomic_folder, verify_folder
+from ..storage import atomic_folder, remove_stale_temporaries, storage_errors, verify_folder
+from .held_out import HELD_OUT, OVERLAP, TRAIN, SidedRow, split_rows
 from .mixing import Mixture
 from .packing import cut, pack
 from .render import Renderer
-from .row import Rendered, Row
-from .sequences import Sequences, TokenRows
+from .row import Rendered, Row, RowError
+from .sequences import Sequences
 from .sources import Source, open_source
+from .token_rows import TokenRows, TokenRowsWriter
 
-FORMAT = 1  # of the prepared folder
-ROWS_AT_ONCE = 256
-SIDES = ("train", "held_out")
-END_OF_TEXT = " (its end)"  # marks the held-out end of a text that is the only one
+FORMAT = 2  # of the prepared folder
+ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 256, 2**22
+SIDES = (TRAIN, HELD_OUT)
+HARMLESS = ("empty", "other encoding")
+"""Reasons for which a row is left out and counted, and that no one needs to hear of."""
 
 logger = logging.getLogger(__name__)
 
@@ -42,13 +46,14 @@ class PreparedData:
     Attributes:
         train: The training sequences, or a mixture of several.
         held_out: The held-out ones; None when nothing is held out.
-        report: What became of the rows: read, used, dropped by reason, tokens. Rows read = rows used + rows dropped.
+        report: What became of the rows, in numbers: `rows_read` = `rows_used` + all `rows_dropped_<reason>`; `tokens` of the rows
+            used, and of these `tokens_left_out` that stand in no sequence (truncated ends, last pieces of one token).
         fingerprint_parts: What the sequences depend on, as plain JSON values: compared when a run is resumed.
     """
 
     train: Sequences | Mixture
     held_out: Sequences | Mixture | None
-    report: dict[str, Any]
+    report: dict[str, int]
     fingerprint_parts: dict[str, Any]
 
     @property
@@ -57,37 +62,37 @@ class PreparedData:
         return _digest(self.fingerprint_parts)
 
 
-def prepare_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, show_progress: bool = True, where: str = "data") -> PreparedData:
+def prepare_data(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, show_progress: bool = True, where: str = "data"
+) -> PreparedData:
     """Read, render, split, store and pack the data of a run.
+
+    What is stored depends on the rows and their rendering, not on `seq_len` and packing. It is found again by the hash of both,
+    verified, and made again when it is damaged.
+
+    Args:
+        config: The data settings.
+        tokenizer: Of teacher and student.
+        show_progress: Whether to draw a progress bar (on a terminal).
+        where: The path of the settings, for messages.
 
     Raises:
         DataError: the source cannot be read, a row is malformed (with `on_bad_row=error`), or nothing is left to train on.
+        StorageError: the tokenised data cannot be written.
     """
     if config.source == "mixture":
         return _prepare_mixture(config, tokenizer, show_progress, where)
-    renderer = Renderer(config, tokenizer, where)
-    source = open_source(config, where)
-    held_out_source = open_source(config, where, held_out=True) if config.eval_path or config.eval_split else None
-    parts = {
-        "format": FORMAT,
-        "source": source.fingerprint(),
-        "held_out_source": held_out_source.fingerprint() if held_out_source else None,
-        "rendering": renderer.fingerprint,
-        "eval_fraction": config.eval_fraction,
-        "max_rows": config.max_rows,
-        "on_bad_row": config.on_bad_row,
-    }
-    folder = cache_folder(config) / _digest(parts)[:32]
-    if not _is_good(folder):
-        _build(folder, config, source, held_out_source, renderer, len(tokenizer), show_progress)
-    return _pack_sides(folder, config, renderer, tokenizer, parts, where)
+    job = _open(config, tokenizer, where)
+    with _alone_with(job.folder):
+        if not _is_good(job.folder):
+            _build(job, show_progress)
+        return _pack_sides(job)
 
 
 def training_rows(config: DataConfig) -> Iterator[Row]:
     """The rows of the training side, not yet rendered: what a tokenizer may be trained on."""
-    source = open_source(config)
-    split = _Split(config, source, explicit=False)
-    return (row for row in source.rows() if isinstance(row, Row) and split.side(row) == "train")
+    source, held_out = _open_sources(config, "data")
+    return (row for side, row in split_rows(config, source, held_out) if side == TRAIN and isinstance(row, Row))
 
 
 def cache_folder(config: DataConfig) -> Path:
@@ -96,7 +101,68 @@ def cache_folder(config: DataConfig) -> Path:
     return Path(config.cache_dir or default).expanduser() / "tokens"
 
 
-# ------------------------------------------------------------------------------------------------------------------- rendering
+# --------------------------------------------------------------------------------------------------------- what is to be stored
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One source to prepare, opened, and what its tokenised rows depend on."""
+
+    config: DataConfig
+    tokenizer: PreTrainedTokenizerBase
+    renderer: Renderer
+    source: Source
+    held_out: Source | None
+    where: str
+    sources: dict[str, Any]
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        own = {
+            "format": FORMAT,
+            "rendering": self.renderer.fingerprint,
+            "eval_fraction": self.config.eval_fraction if self.held_out is None else None,
+            "max_rows": self.config.max_rows,
+            "on_bad_row": self.config.on_bad_row,
+        }
+        return {**self.sources, **own}
+
+    @property
+    def folder(self) -> Path:
+        # A copy of the same files elsewhere is the same data, but its rows have other origins.
+        return cache_folder(self.config) / _digest([self.parts, self.config.path, self.config.eval_path])[:32]
+
+
+def _open(config: DataConfig, tokenizer: PreTrainedTokenizerBase, where: str) -> _Job:
+    renderer = Renderer(config, tokenizer, where)
+    source, held_out = _open_sources(config, where)
+    return _Job(config, tokenizer, renderer, source, held_out, where, _fingerprints(source, held_out))
+
+
+def _open_sources(config: DataConfig, where: str) -> tuple[Source, Source | None]:
+    """The source, and that of the held-out rows where they have one of their own."""
+    has_own = config.eval_path is not None or config.eval_split is not None
+    return open_source(config, where), open_source(config, where, held_out=True) if has_own else None
+
+
+def _fingerprints(source: Source, held_out: Source | None) -> dict[str, Any]:
+    return {"source": source.fingerprint(), "held_out_source": held_out.fingerprint() if held_out is not None else None}
+
+
+@contextmanager
+def _alone_with(folder: Path) -> Iterator[None]:
+    """Other processes of this machine that want the same data wait, and then find it made.
+
+    On a file system without locks they make it too, which costs time only: the folder is put in place as a whole.
+    """
+    file = folder.parent / "locks" / folder.name
+    with storage_errors(file, "lock the tokenised data"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        opened = open(file, "ab")  # noqa: SIM115
+    with opened:
+        with suppress(OSError):
+            fcntl.flock(opened, fcntl.LOCK_EX)  # the kernel opens it again however this process ends
+        yield
 
 
 def _is_good(folder: Path) -> bool:
@@ -108,194 +174,148 @@ def _is_good(folder: Path) -> bool:
     return not problems
 
 
-def _build(
-    folder: Path, config: DataConfig, source: Source, held_out_source: Source | None, renderer: Renderer, vocab: int, show_progress: bool
-) -> None:
-    """Render every row into the prepared folder; two processes that do so at once write the same."""
-    split = _Split(config, source, held_out_source is not None)
+# ------------------------------------------------------------------------------------------------------------------- rendering
+
+
+def _build(job: _Job, show_progress: bool) -> None:
+    """Render every row into the folder of tokenised data."""
     counts: Counter[str] = Counter()
-    with atomic_folder(folder) as temporary, tqdm(desc="tokenising", unit=" rows", disable=None if show_progress else True) as bar:
-        writers = {side: _RowWriter(temporary, side, vocab) for side in SIDES}
-        rows = _hold_out_the_end(source.rows(), config) if held_out_source is None else source.rows()
-        for row, rendered in _render(islice(rows, config.max_rows), renderer, config, counts, bar):
-            writers[split.side(row)].add(row.origin, rendered)
-        if held_out_source is not None:
-            for row, rendered in _render(held_out_source.rows(), renderer, config, counts, bar):
-                if split.seen_in_training(row):
-                    counts["dropped: held-out row is in the training data too"] += 1
-                else:
-                    writers["held_out"].add(row.origin, rendered)
+    remove_stale_temporaries(job.folder.parent)
+    with atomic_folder(job.folder) as temporary:
+        num_ids = max(job.tokenizer.get_vocab().values()) + 1
+        writers = {side: TokenRowsWriter(temporary, side, num_ids) for side in SIDES}
+        for side, row, rendered in _render(_rows(job, show_progress), job, counts):
+            writers[side].add(row.origin, rendered)
         for writer in writers.values():
             writer.close()
+        if _fingerprints(job.source, job.held_out) != job.sources:  # what is stored must be what its name says
+            raise DataError(
+                f"{job.where}.path", "the data was changed while it was read", "Run the same command again once it stays as it is."
+            )
         (temporary / "report.json").write_text(json.dumps(dict(counts)), encoding="utf-8")
 
 
-def _render(
-    rows: Iterable[Row | DataError], renderer: Renderer, config: DataConfig, counts: Counter[str], bar: tqdm
-) -> Iterator[tuple[Row, Rendered]]:
-    """Rows with their tokens; a bad row stops the preparation, or is counted and skipped."""
-    rows = iter(rows)
-    while chunk := list(islice(rows, ROWS_AT_ONCE)):
+def _rows(job: _Job, show_progress: bool) -> Iterator[SidedRow]:
+    """Every row with its side, with a progress bar.
+
+    Raises:
+        DataError: after the last row, if none had the column of tools: optional for a row, it is misspelt if all lack it.
+    """
+    tools, has_tools = job.config.tools_column, False
+    rows = split_rows(job.config, job.source, job.held_out, job.where)
+    total = getattr(job.source, "total", None)
+    for side, row in tqdm(rows, desc="tokenising", unit=" rows", total=total, disable=None if show_progress else True):
+        has_tools = has_tools or (isinstance(row, Row) and tools in row.columns)
+        yield side, row
+    if tools and not has_tools:
+        raise DataError(f"{job.where}.tools_column", f"no row has a column '{tools}'", "Name the column, or leave the setting out.")
+
+
+def _render(rows: Iterable[SidedRow], job: _Job, counts: Counter[str]) -> Iterator[tuple[str, Row, Rendered]]:
+    """Rows with their side and tokens; a bad row stops the preparation, or is counted and skipped."""
+    for chunk in _chunks(rows):
         counts["rows read"] += len(chunk)
-        good = [row for row in chunk if isinstance(row, Row)]
-        for error in (row for row in chunk if isinstance(row, DataError)):
-            _bad_row(error, config, counts)
-        for row, rendered in zip(good, renderer.render_many(good), strict=True):
+        for _, error in chunk:
+            if isinstance(error, RowError):
+                _leave_out(error, job.config, counts)
+        good = [(side, row) for side, row in chunk if isinstance(row, Row)]
+        for (side, row), rendered in zip(good, job.renderer.render_many([row for _, row in good]), strict=True):
             if isinstance(rendered, DataError):
-                _bad_row(rendered, config, counts)
+                _leave_out(rendered, job.config, counts)
             else:
-                yield row, rendered
-        bar.update(len(chunk))
+                yield side, row, rendered
 
 
-def _bad_row(error: DataError, config: DataConfig, counts: Counter[str]) -> None:
+def _chunks(rows: Iterable[SidedRow]) -> Iterator[list[SidedRow]]:
+    """Enough rows to keep the tokenizer's threads busy, bounded in number and in characters."""
+    chunk: list[SidedRow] = []
+    characters = 0
+    for side, row in rows:
+        chunk.append((side, row))
+        if isinstance(row, Row):
+            characters += sum(len(value) for value in row.columns.values() if isinstance(value, str))
+        if len(chunk) == ROWS_AT_ONCE or characters > CHARACTERS_AT_ONCE:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _leave_out(error: DataError, config: DataConfig, counts: Counter[str]) -> None:
     reason = getattr(error, "reason", "malformed")
-    if config.on_bad_row == "error" and reason not in ("empty",):
-        raise error
+    if reason not in (*HARMLESS, OVERLAP):
+        if config.on_bad_row == "error":
+            raise error
+        if not counts[f"dropped: {reason}"]:
+            logger.warning("skipped, the first of its kind: %s", error)
     counts[f"dropped: {reason}"] += 1
-
-
-def _hold_out_the_end(rows: Iterator[Row | DataError], config: DataConfig) -> Iterator[Row | DataError]:
-    """One text alone is held out by its end instead of by a hash: it becomes two rows, the second marked by its origin."""
-    first_two = list(islice(rows, 2))
-    if len(first_two) != 1 or not isinstance(first_two[0], Row) or config.eval_fraction == 0 or not _is_text(config):
-        yield from first_two
-        yield from rows
-        return
-    row = first_two[0]
-    text = row.columns.get(config.text_column or "text")
-    if not isinstance(text, str):
-        yield row
-        return
-    at = text.find("\n", round(len(text) * (1 - config.eval_fraction))) + 1 or len(text)
-    yield Row(row.origin, {**row.columns, config.text_column or "text": text[:at]})
-    yield Row(row.origin + END_OF_TEXT, {**row.columns, config.text_column or "text": text[at:]})
-
-
-def _is_text(config: DataConfig) -> bool:
-    return config.prompt_column is None and config.messages_column is None
-
-
-class _Split:
-    """Which side a row is on: by a hash, so that it depends on the row alone and duplicates stay together."""
-
-    def __init__(self, config: DataConfig, source: Source, explicit: bool) -> None:
-        self.fraction = 0.0 if explicit else config.eval_fraction
-        self._key = getattr(source, "split_key", _content_key)
-        self._seen: set[bytes] | None = set() if explicit else None
-
-    def side(self, row: Row) -> str:
-        if row.origin.endswith(END_OF_TEXT):
-            return "held_out"
-        digest = self._hash(row)
-        if self._seen is not None:
-            self._seen.add(digest)
-        return "held_out" if int.from_bytes(digest[:8], "big") / 2**64 < self.fraction else "train"
-
-    def seen_in_training(self, row: Row) -> bool:
-        return self._seen is not None and self._hash(row) in self._seen
-
-    def _hash(self, row: Row) -> bytes:
-        return hashlib.sha256(self._key(row).encode("utf-8", "surrogatepass")).digest()
-
-
-def _content_key(row: Row) -> str:
-    return json.dumps(row.columns, sort_keys=True, ensure_ascii=True, default=str)
-
-
-class _RowWriter:
-    """Appends token rows to flat files that numpy maps into memory."""
-
-    def __init__(self, folder: Path, side: str, vocab: int) -> None:
-        self.folder, self.side = folder, side
-        self.dtypes = {"input_ids": np.uint16 if vocab <= 2**16 else np.uint32, "supervised": np.bool_, "num_bytes": np.uint32}
-        self.files = {name: open(folder / f"{side}.{name}.raw", "wb") for name in self.dtypes}
-        self.lengths: list[int] = []
-        self.origins: list[str] = []
-
-    def add(self, origin: str, row: Rendered) -> None:
-        for name, dtype in self.dtypes.items():
-            self.files[name].write(getattr(row, name).astype(dtype).tobytes())
-        self.lengths.append(len(row.input_ids))
-        self.origins.append(origin)
-
-    def close(self) -> None:
-        """Give the raw files numpy's header."""
-        offset = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)]).astype(np.int64)
-        np.save(self.folder / f"{self.side}.offset.npy", offset)
-        for name, dtype in self.dtypes.items():
-            self.files[name].close()
-            raw = self.folder / f"{self.side}.{name}.raw"
-            out = np.lib.format.open_memmap(self.folder / f"{self.side}.{name}.npy", mode="w+", dtype=dtype, shape=(int(offset[-1]),)) if offset[-1] else None
-            if out is None:
-                np.save(self.folder / f"{self.side}.{name}.npy", np.zeros(0, dtype=dtype))
-            else:
-                out[:] = np.memmap(raw, dtype=dtype, mode="r")
-                out.flush()
-            raw.unlink()
-        (self.folder / f"{self.side}.origins.json").write_text(json.dumps(self.origins), encoding="utf-8")
 
 
 # --------------------------------------------------------------------------------------------------------------------- packing
 
 
-def _pack_sides(folder: Path, config: DataConfig, renderer: Renderer, tokenizer: PreTrainedTokenizerBase, parts: dict[str, Any], where: str) -> PreparedData:
-    """The prepared rows of both sides as sequences, with a report of what became of them."""
-    counts: Counter[str] = Counter(json.loads((folder / "report.json").read_text(encoding="utf-8")))
-    on_long_row = config.on_long_row if config.on_long_row != "auto" else ("truncate" if renderer.has_prompt else "split")
-    pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-    sides = {side: _sequences(TokenRows(folder, side), config, on_long_row, pad_id, counts, where) for side in SIDES}
-    train, held_out = sides["train"], sides["held_out"]
+def _pack_sides(job: _Job) -> PreparedData:
+    """The stored rows of both sides as sequences, with a report of what became of them."""
+    config, where = job.config, job.where
+    counts: Counter[str] = Counter(json.loads((job.folder / "report.json").read_text(encoding="utf-8")))
+    on_long_row = config.on_long_row if config.on_long_row != "auto" else ("truncate" if job.renderer.has_prompt else "split")
+    train, held_out = (_sequences(TokenRows(job.folder, side), job, on_long_row, counts) for side in SIDES)
     if len(train) == 0:
-        raise DataError(f"{where}.path", f"nothing to train on ({_reasons(counts)})", "Look at the rows, their columns and data.seq_len.")
-    asks_for_held_out = config.eval_fraction > 0 or config.eval_path or config.eval_split
-    if asks_for_held_out and len(held_out) == 0:
-        remedy = "Raise data.eval_fraction, name data.eval_path, or set data.eval_fraction=0 for none."
-        raise DataError(f"{where}.eval_fraction", f"none of {counts['rows read']} rows is held out", remedy)
+        setting = f"{where}.path" if config.path else f"{where}.source"
+        raise DataError(setting, f"nothing to train on ({_reasons(counts)})", f"Look at the rows, their columns and {where}.seq_len.")
+    if len(held_out) == 0 and (config.eval_fraction > 0 or job.held_out is not None):
+        raise _nothing_held_out(job, counts)
+    report = _report(counts, train, held_out, where)
     packing = {"seq_len": config.seq_len, "packing": config.packing, "on_long_row": on_long_row}
-    report = _report(counts, train, held_out)
-    return PreparedData(train, held_out if len(held_out) else None, report, {**parts, **packing})
+    return PreparedData(train, held_out if len(held_out) else None, report, {**job.parts, **packing})
 
 
-def _sequences(rows: TokenRows, config: DataConfig, on_long_row: str, pad_id: int, counts: Counter[str], where: str) -> Sequences:
+def _sequences(rows: TokenRows, job: _Job, on_long_row: str, counts: Counter[str]) -> Sequences:
     """Cut and pack the rows of a side; count what is dropped."""
-    lengths = rows.lengths
-    usable = np.ones(len(rows), dtype=bool)
-    too_long = lengths > config.seq_len
+    seq_len, lengths = job.config.seq_len, rows.lengths
+    too_long = lengths > seq_len
     if on_long_row == "error" and too_long.any():
-        first = int(np.flatnonzero(too_long)[0])
-        raise DataError(rows.origins[first], f"has {lengths[first]} tokens, and {where}.seq_len is {config.seq_len}", f"Raise {where}.seq_len, or set {where}.on_long_row=split, truncate or drop.")
-    if on_long_row == "drop":
-        usable &= ~too_long
-        counts["dropped: longer than seq_len"] += int(too_long.sum())
-    document, start, length = cut(np.where(usable, lengths, 0), config.seq_len, split=on_long_row == "split")
-    supervised = _supervised_in(rows, document, start, length)
+        raise _too_long(rows, int(np.flatnonzero(too_long)[0]), job)
+    usable = ~too_long if on_long_row == "drop" else np.ones(len(rows), dtype=bool)
+    document, start, length = cut(np.where(usable, lengths, 0), seq_len, split=on_long_row == "split")
+    begin = rows.offset[document] + start
+    supervised = rows.count_supervised(begin + 1, begin + length) > 0  # a piece's first token is never predicted
     document, start, length = (array[supervised] for array in (document, start, length))
     kept = np.isin(np.arange(len(rows)), document)
+    counts["dropped: longer than seq_len"] += int((~usable).sum())
     counts["dropped: nothing supervised within seq_len"] += int((usable & ~kept).sum())
     counts["rows used"] += int(kept.sum())
     counts["rows split" if on_long_row == "split" else "rows truncated"] += int((too_long & kept).sum())
-    return Sequences(rows, pack(document, start, length, config.seq_len, config.packing), config.seq_len, pad_id)
+    counts["tokens"] += int(lengths[kept].sum())
+    counts["tokens left out"] += int(lengths[kept].sum() - length.sum())
+    pad_id = next(i for i in (job.tokenizer.pad_token_id, job.tokenizer.eos_token_id, 0) if i is not None)
+    return Sequences(rows, pack(document, start, length, seq_len, job.config.packing), seq_len, pad_id)
 
 
-def _supervised_in(rows: TokenRows, document: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """`(pieces,)` bool: some token after the piece's first is supervised."""
-    counted = np.concatenate([[0], np.cumsum(rows.supervised, dtype=np.int64)])
-    begin = rows.offset[document] + start
-    return counted[begin + length] > counted[begin + 1]
+def _too_long(rows: TokenRows, row: int, job: _Job) -> DataError:
+    what = f"has {rows.lengths[row]} tokens, and {job.where}.seq_len is {job.config.seq_len}"
+    return DataError(rows.origin(row), what, f"Raise {job.where}.seq_len, or set {job.where}.on_long_row=split, truncate or drop.")
 
 
-def _report(counts: Counter[str], train: Sequences, held_out: Sequences) -> dict[str, Any]:
+def _nothing_held_out(job: _Job, counts: Counter[str]) -> DataError:
+    where = job.where
+    if job.held_out is not None:
+        setting = f"{where}.eval_path" if job.config.eval_path else f"{where}.eval_split"
+        return DataError(setting, f"nothing to evaluate on ({_reasons(counts)})", "Name rows that are not in the training data.")
+    remedy = f"Raise {where}.eval_fraction, name {where}.eval_path, or set {where}.eval_fraction=0 for no evaluation."
+    what = f"got {job.config.eval_fraction}, and none of the rows is held out ({_reasons(counts)})"
+    return DataError(f"{where}.eval_fraction", what, remedy)
+
+
+def _report(counts: Counter[str], train: Sequences, held_out: Sequences, where: str) -> dict[str, int]:
     dropped = {key: value for key, value in sorted(counts.items()) if key.startswith("dropped: ") and value}
     assert counts["rows read"] == counts["rows used"] + sum(dropped.values()), counts
-    changed = {key.replace(" ", "_"): counts[key] for key in ("rows split", "rows truncated") if counts[key]}
-    if dropped:
-        logger.warning("data: %d of %d rows dropped (%s)", sum(dropped.values()), counts["rows read"], _reasons(counts))
+    if dropped.keys() - {f"dropped: {reason}" for reason in HARMLESS}:
+        logger.warning("%s: %d of %d rows dropped (%s)", where, sum(dropped.values()), counts["rows read"], _reasons(counts))
+    totals = ("rows read", "rows used", "rows split", "rows truncated", "tokens", "tokens left out")
     return {
-        "rows_read": counts["rows read"],
-        "rows_used": counts["rows used"],
+        **{key.replace(" ", "_"): counts[key] for key in totals},
         **{f"rows_dropped_{key.removeprefix('dropped: ').replace(' ', '_')}": value for key, value in dropped.items()},
-        **changed,
         "train_sequences": len(train),
         "train_supervised_tokens": train.num_supervised,
         "held_out_sequences": len(held_out),
@@ -305,7 +325,7 @@ def _report(counts: Counter[str], train: Sequences, held_out: Sequences) -> dict
 
 def _reasons(counts: Counter[str]) -> str:
     dropped = [f"{value} {key.removeprefix('dropped: ')}" for key, value in sorted(counts.items()) if key.startswith("dropped: ") and value]
-    return ", ".join(dropped) or f"{counts['rows read']} rows read"
+    return ", ".join([f"{counts['rows read']} rows read", *dropped])
 
 
 # -------------------------------------------------------------------------------------------------------------------- mixtures
@@ -314,7 +334,8 @@ def _reasons(counts: Counter[str]) -> str:
 def _prepare_mixture(config: DataConfig, tokenizer: PreTrainedTokenizerBase, show_progress: bool, where: str) -> PreparedData:
     parts = mixture_parts(config)
     prepared = {
-        name: prepare_data(part, tokenizer, show_progress=show_progress, where=f"{where}.mixture.{name}") for name, (part, _) in parts.items()
+        name: prepare_data(part, tokenizer, show_progress=show_progress, where=f"{where}.mixture.{name}")
+        for name, (part, _) in parts.items()
     }
     weights = {name: weight for name, (_, weight) in parts.items()}
     held_out = {name: part.held_out for name, part in prepared.items() if part.held_out is not None}

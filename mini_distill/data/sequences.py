@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import torch
 
@@ -12,35 +9,7 @@ from ..losses.reduction import IGNORE_INDEX
 from .batch import Batch
 from .order import ShuffledEpochs
 from .packing import Plan
-
-
-class TokenRows:
-    """The token rows of one side (training or held out) of a prepared source, memory-mapped.
-
-    Attributes:
-        input_ids: `(tokens,)` all rows one after the other.
-        supervised: `(tokens,)` bool.
-        num_bytes: `(tokens,)`.
-        offset: `(rows + 1,)` row i is `offset[i]:offset[i + 1]`.
-        origins: Where each row stands in its source.
-    """
-
-    def __init__(self, folder: Path, side: str) -> None:
-        def load(name: str) -> np.ndarray:
-            file = folder / f"{side}.{name}.npy"
-            return np.load(file, mmap_mode="r" if file.stat().st_size > 1024 else None, allow_pickle=False)
-
-        self.input_ids, self.supervised, self.num_bytes = load("input_ids"), load("supervised"), load("num_bytes")
-        self.offset = np.asarray(load("offset"))
-        self.origins: list[str] = json.loads((folder / f"{side}.origins.json").read_text(encoding="utf-8"))
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """`(rows,)` tokens."""
-        return np.diff(self.offset)
-
-    def __len__(self) -> int:
-        return len(self.offset) - 1
+from .token_rows import TokenRows
 
 
 class Sequences:
@@ -58,8 +27,8 @@ class Sequences:
     def __init__(self, rows: TokenRows, plan: Plan, seq_len: int, pad_id: int) -> None:
         self.rows, self.plan, self.seq_len, self.pad_id = rows, plan, seq_len, pad_id
         begin = rows.offset[plan.document] + plan.start
-        counted = np.concatenate([[0], np.cumsum(rows.supervised, dtype=np.int64)])
-        self.num_supervised = int((counted[begin + plan.length] - counted[begin + 1]).sum())
+        ascending = np.argsort(begin)
+        self.num_supervised = int(rows.count_supervised(begin[ascending] + 1, (begin + plan.length)[ascending]).sum())
 
     def __len__(self) -> int:
         return len(self.plan.offset) - 1
@@ -93,7 +62,7 @@ class Sequences:
 
     def origins(self, index: int) -> list[str]:
         """Where the documents of a sequence stand in their source."""
-        return [self.rows.origins[document] for document, _, _ in self._pieces(index)]
+        return [self.rows.origin(document) for document, _, _ in self._pieces(index)]
 
     def beginnings(self, count: int, length: int) -> list[list[int]]:
         """The first `length` tokens of up to `count` documents, evenly spread over all that are longer."""
