@@ -215,7 +215,7 @@ def test_gemma_2_soft_caps_its_logits_and_its_attention(setting: str) -> None:
 
 def test_gemma_2_with_sdpa_is_refused_rather_than_left_uncapped() -> None:
     """Were it to run one day, the presets' `attn_implementation: eager` could go."""
-    with pytest.raises(ValueError, match="(?i)sdpa|scaled_dot_product"):
+    with pytest.raises(ValueError, match=r"(?i)sdpa|scaled_dot_product"):
         logits(tiny("gemma2", "sdpa"), documents(5)[0])
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -36,7 +37,7 @@ def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code:
     folder = Path(path).expanduser()
     if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
         raise ModelError(where, f"no tokenizer in '{path}' (expected {', '.join(TOKENIZER_FILES[:3])})", "Save it there: tokenizer.save_pretrained(folder).")
-    with _library_errors(where, path, gated=False):
+    with _library_errors(where, path, gated=False), quiet():
         return AutoTokenizer.from_pretrained(
             str(folder) if folder.is_dir() else path, revision=revision, trust_remote_code=trust_remote_code, local_files_only=folder.is_dir()
         )
@@ -70,8 +71,8 @@ def load_causal_lm(
     is_local = folder.is_dir()
     if is_local:
         _check_folder(folder, trust_remote_code, where)
-    with _library_errors(where, path, gated), quiet():
-        model, info = AutoModelForCausalLM.from_pretrained(
+    with _library_errors(where, path, gated and not is_local), quiet():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(folder) if is_local else path,
             revision=revision,
             dtype=dtype,
@@ -79,12 +80,24 @@ def load_causal_lm(
             trust_remote_code=trust_remote_code,
             local_files_only=is_local,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # reported below, with the weight's name
             output_loading_info=True,
         )
-    missing = sorted(info["missing_keys"])
-    if missing:  # transformers would fill them with random numbers and only warn
-        raise ModelError(where, f"the checkpoint in '{path}' lacks {len(missing)} weights ({_some(missing)})", "The file is incomplete, or of another architecture.")
+    model: PreTrainedModel = loaded[0]
+    _check_weights(loaded[1], path, where)
     return model.eval()
+
+
+def _check_weights(info: Mapping[str, Any], path: str, where: str) -> None:
+    """Refuse what transformers would fill with random numbers and only warn about."""
+    wrong = [f"{name} is {list(stored)}, expected {list(expected)}" for name, stored, expected in sorted(info["mismatched_keys"])]
+    if wrong:
+        raise ModelError(where, f"{len(wrong)} weights in '{path}' have another size than config.json says ({_some(wrong)})", "Give the config.json that belongs to them.")
+    missing = sorted(info["missing_keys"])
+    if missing:
+        untied = any("lm_head" in name or "embed_out" in name for name in missing) and len(missing) == 1
+        remedy = "If its head is its embedding, set tie_word_embeddings to true in config.json." if untied else "It is incomplete, or of another architecture."
+        raise ModelError(where, f"the checkpoint in '{path}' lacks {len(missing)} of the model's weights ({_some(missing)})", remedy)
 
 
 def _check_folder(folder: Path, trust_remote_code: bool, where: str) -> None:
@@ -93,20 +106,34 @@ def _check_folder(folder: Path, trust_remote_code: bool, where: str) -> None:
     if not config_file.exists():
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
         raise ModelError(where, f"no config.json in '{folder}' (found {found})", "Give the folder that save_pretrained wrote.")
-    try:
-        config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(str(config_file), f"not valid JSON: {error}") from error
-    if config.get("auto_map") and not trust_remote_code:
-        raise ModelError(where, f"'{folder}' brings its own code (auto_map in config.json), and it is not run", "Read it, then set trust_remote_code=true.")
+    if _read_object(config_file).get("auto_map") and not trust_remote_code:
+        raise _own_code(where, str(folder))
     _check_weight_files(folder, where)
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(str(file), f"not valid JSON ({error})", "Download it again.") from error
+    if not isinstance(content, dict):
+        raise ModelError(str(file), f"got a JSON {type(content).__name__}, expected an object", "Download it again.")
+    return content
+
+
+def _own_code(where: str, path: str) -> ModelError:
+    setting = where.rpartition(".")[0] + ".trust_remote_code"
+    return ModelError(where, f"'{path}' brings its own code (auto_map), and it is not run", f"Read it, then set {setting}=true.")
 
 
 def _check_weight_files(folder: Path, where: str) -> None:
     files = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        weight_map = _read_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ModelError(str(index), "has no weight_map", "Download it again.")
+        shards = set(weight_map.values())
         absent = sorted(shards - {file.name for file in files})
         if absent:
             raise ModelError(where, f"'{folder}' lacks {len(absent)} of {len(shards)} weight files ({_some(absent)})", "Download the rest.")
@@ -135,12 +162,14 @@ def _library_errors(where: str, path: str, gated: bool) -> Iterator[None]:
         chain = [error, error.__cause__, error.__context__]
         if gated or any(isinstance(e, GatedRepoError) for e in chain):
             remedy = f"Accept the licence on the repository's page and log in (hf auth login, or HF_TOKEN). {OFFLINE}"
-            raise ModelError(where, f"cannot load the gated repository '{path}' ({_first_line(error)})", remedy) from error
+            raise ModelError(where, f"cannot load the gated repository '{path}' ({one_line(error)})", remedy) from error
         if any(isinstance(e, RepositoryNotFoundError | HFValidationError) for e in chain):
             raise ModelError(where, f"'{path}' is neither a folder nor a repository on the hub", "Check the spelling; a private one needs hf auth login.") from error
+        if "trust_remote_code" in str(error):
+            raise _own_code(where, path) from error
         if isinstance(error, OSError) and not Path(path).expanduser().is_dir():
-            raise ModelError(where, f"cannot load '{path}' from the hub ({_first_line(error)})", OFFLINE) from error
-        raise ModelError(where, f"transformers cannot load '{path}' ({type(error).__name__}: {_first_line(error)})") from error
+            raise ModelError(where, f"cannot load '{path}' from the hub ({one_line(error)})", OFFLINE) from error
+        raise ModelError(where, f"transformers cannot load '{path}' ({type(error).__name__}: {one_line(error)})") from error
 
 
 @contextmanager
@@ -157,8 +186,9 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+def one_line(error: BaseException) -> str:
+    """The beginning of what a library said, without its line breaks."""
+    return shorten(str(error), width=200, placeholder=" …") or type(error).__name__
 
 
 def _some(names: list[str]) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import StudentConfig
 from ..errors import ConfigError
-from ..models.loading import load_causal_lm
+from ..models.loading import load_causal_lm, one_line
 from .initialise import from_teacher_layers
 
 VOCABULARY_MULTIPLE = 64  # matrix kernels like round sizes; the padding rows get no probability
@@ -26,7 +29,7 @@ def build_student(
         seed: Decides the weights of a student from scratch, alone: the global random state is neither used nor changed.
 
     Raises:
-        ConfigError: the student's positions are fewer than `seq_len`.
+        ConfigError: the student's positions are fewer than `seq_len`, or its attention cannot be had.
     """
     if config.kind == "from_teacher":
         assert teacher is not None
@@ -43,10 +46,19 @@ def build_student(
         )
     else:
         student = from_scratch(config, teacher, tokenizer, seq_len, seed)
+    if config.attn_implementation is not None:
+        _set_attention(student, config.attn_implementation)
     positions = getattr(student.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and positions < seq_len:
         raise ConfigError("data.seq_len", f"got {seq_len}, and the student has {positions} positions", "Shorten data.seq_len.")
     return student
+
+
+def _set_attention(student: PreTrainedModel, name: str) -> None:
+    try:
+        student.set_attn_implementation(name)
+    except (ValueError, ImportError) as error:
+        raise ConfigError("student.attn_implementation", f"'{name}' cannot be had for {type(student).__name__} ({one_line(error)})", "sdpa or eager need nothing.") from error
 
 
 def from_scratch(
@@ -56,7 +68,7 @@ def from_scratch(
     sizes = config
     assert sizes.hidden_size and sizes.num_layers and sizes.num_heads and sizes.intermediate_size
     teacher_positions = getattr(teacher.config.get_text_config(), "max_position_embeddings", 0) if teacher is not None else 0
-    rows = teacher.get_input_embeddings().weight.shape[0] if teacher is not None else 0
+    rows: int = cast(nn.Embedding, teacher.get_input_embeddings()).weight.shape[0] if teacher is not None else 0
     llama = LlamaConfig(
         vocab_size=max(rows, -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE if teacher is None else len(tokenizer)),
         hidden_size=sizes.hidden_size,
@@ -73,8 +85,7 @@ def from_scratch(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        attn_implementation=sizes.attn_implementation,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng([]):  # a model is made on the CPU: the generators of accelerators stay untouched
+        torch.default_generator.manual_seed(seed)
         return LlamaForCausalLM(llama)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -42,9 +43,10 @@ def from_teacher_layers(teacher: PreTrainedModel, num_layers: int | None) -> Pre
     text = config.get_text_config()
     text.num_hidden_layers = num_layers
     for name, value in vars(text).items():
-        if isinstance(value, list) and len(value) == of:  # layer_types and the like: one entry a layer
+        if isinstance(value, list) and len(value) == of and not name.endswith("token_id"):  # layer_types and the like: one entry a layer
             setattr(text, name, [value[i] for i in kept])
-    student = type(teacher)(config).float()
+    with torch.random.fork_rng([]):  # the random weights are all overwritten
+        student = type(teacher)(config).float()
     student.load_state_dict(_kept_weights(teacher, kept))
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.eval()
