@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 from itertools import count
-from typing import Protocol
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
 
-from ..errors import DistributedError
 from .batch import Batch
-from .order import Draws
+from .order import Stream
+from .read_ahead import read_ahead
 
 EVALUATION_SEED = 0  # the held-out sample is the same in every run
-WORKER_TIMEOUT = 120  # seconds
-
-
-class Stream(Protocol):
-    """Sequences that can be drawn for ever: `Sequences`, or a `Mixture` of several."""
-
-    def __len__(self) -> int: ...
-    def batch(self, indices: list[int]) -> Batch: ...
-    def origins(self, index: int) -> list[str]: ...
-    def order(self, seed: int) -> Draws: ...
 
 
 class TrainingBatches:
@@ -76,7 +65,11 @@ class TrainingBatches:
         return [self.draw(k) for k in range(begin, begin + self.micro_batch_size)]
 
     def steps(self, first_step: int = 1) -> Iterator[list[Batch]]:
-        """For ever: the micro-batches of `first_step`, of the step after it, and so on."""
+        """For ever: the micro-batches of `first_step`, of the step after it, and so on.
+
+        Raises:
+            DistributedError: a data worker died, hangs or raised.
+        """
         batches = self._read(index for step in count(first_step) for index in self._of_step(step))
         while True:
             yield [next(batches) for _ in range(self.grad_accum_steps)]
@@ -85,37 +78,13 @@ class TrainingBatches:
         return (self.indices(step, micro_step) for micro_step in range(self.grad_accum_steps))
 
     def _read(self, indices: Iterator[list[int]]) -> Iterator[Batch]:
-        if self.num_workers == 0:
-            return map(self.sequences.batch, indices)
-        loader = DataLoader(
-            _Batches(self.sequences),
-            sampler=indices,  # type: ignore[arg-type]
-            batch_size=None,
-            num_workers=self.num_workers,
-            pin_memory=self.pin_memory,
-            timeout=WORKER_TIMEOUT,
-        )
-        return _name_worker_errors(iter(loader))
+        here = self.num_workers == 0
+        batches = map(self.sequences.batch, indices) if here else read_ahead(self.sequences, indices, self.num_workers)
+        return map(_pin, batches) if self.pin_memory else batches
 
 
-class _Batches(Dataset[Batch]):
-    """What a worker does: slice the memory map."""
-
-    def __init__(self, sequences: Stream) -> None:
-        self.sequences = sequences
-
-    def __getitem__(self, indices: list[int]) -> Batch:
-        return self.sequences.batch(indices)
-
-
-def _name_worker_errors(batches: Iterator[Batch]) -> Iterator[Batch]:
-    try:
-        yield from batches
-    except RuntimeError as error:
-        if "DataLoader" not in str(error):
-            raise
-        first = str(error).splitlines()[0]
-        raise DistributedError("data.num_workers", f"a data worker died or hangs ({first})", "Lower data.num_workers; 0 reads in the training process.") from error
+def _pin(batch: Batch) -> Batch:
+    return Batch(**{f.name: getattr(batch, f.name).pin_memory() for f in fields(batch)})
 
 
 def evaluation_batches(sequences: Stream, batch_size: int, max_batches: int | None, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:

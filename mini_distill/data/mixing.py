@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 
 import numpy as np
 
 from .batch import Batch
-from .order import Draws, ShuffledEpochs
-from .sequences import Sequences
+from .order import Draws, Stream
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 
@@ -25,8 +25,8 @@ class Mixture:
         weights: Share of each part, not necessarily summing to 1.
     """
 
-    def __init__(self, parts: dict[str, Sequences], weights: dict[str, float]) -> None:
-        self.parts = list(parts.values())
+    def __init__(self, parts: Mapping[str, Stream], weights: Mapping[str, float]) -> None:
+        self.parts: list[Stream] = list(parts.values())
         shares = np.array([weights[name] for name in parts], dtype=np.float64)
         self.shares = shares / shares.sum()
         self.first = np.concatenate([[0], np.cumsum([len(part) for part in self.parts])]).tolist()  # numbers stay unique
@@ -66,7 +66,7 @@ class Mixture:
         part, number = self._locate(index)
         return part.origins(number)
 
-    def _locate(self, index: int) -> tuple[Sequences, int]:
+    def _locate(self, index: int) -> tuple[Stream, int]:
         part = bisect_right(self.first, index) - 1
         return self.parts[part], index - self.first[part]
 
@@ -84,7 +84,7 @@ class _MixedDraws:
 
     def __post_init__(self) -> None:
         self._bounds = np.cumsum(self.mixture.shares)[:-1]
-        self._of_part = [ShuffledEpochs(len(part), self.seed) for part in self.mixture.parts]
+        self._of_part = [part.order(self.seed) for part in self.mixture.parts]
         self._at, self._drawn = 0, np.zeros(len(self.mixture.parts), dtype=np.int64)
 
     def __call__(self, k: int) -> int:

@@ -6,11 +6,44 @@ from typing import Protocol
 
 import numpy as np
 
+from .batch import Batch
+
 
 class Draws(Protocol):
     """Which sequence is the k-th of an endless stream."""
 
     def __call__(self, k: int) -> int: ...
+
+
+class Stream(Protocol):
+    """Sequences that can be drawn for ever: `Sequences`, or a `Mixture` of several."""
+
+    @property
+    def num_supervised(self) -> int:
+        """Tokens to be predicted."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Batch:
+        """One sequence; its fields have shape `(seq,)`."""
+        ...
+
+    def batch(self, indices: list[int]) -> Batch:
+        """The sequences with these numbers, in this order: fields of shape `(len(indices), seq_len)`."""
+        ...
+
+    def origins(self, index: int) -> list[str]:
+        """Where the documents of a sequence stand in their source."""
+        ...
+
+    def beginnings(self, count: int, length: int) -> list[list[int]]:
+        """The first `length` tokens of up to `count` documents that are longer."""
+        ...
+
+    def order(self, seed: int) -> Draws:
+        """Which sequence is the k-th of training."""
+        ...
 
 
 class ShuffledEpochs:

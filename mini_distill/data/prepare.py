@@ -23,6 +23,7 @@ from ..errors import DataError
 from ..storage import atomic_folder, remove_stale_temporaries, storage_errors, verify_folder
 from .held_out import HELD_OUT, OVERLAP, TRAIN, SidedRow, split_rows
 from .mixing import Mixture
+from .order import Stream
 from .packing import cut, pack
 from .render import Renderer
 from .row import Rendered, Row, RowError
@@ -51,8 +52,8 @@ class PreparedData:
         fingerprint_parts: What the sequences depend on, as plain JSON values: compared when a run is resumed.
     """
 
-    train: Sequences | Mixture
-    held_out: Sequences | Mixture | None
+    train: Stream
+    held_out: Stream | None
     report: dict[str, int]
     fingerprint_parts: dict[str, Any]
 

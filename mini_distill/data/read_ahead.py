@@ -1,0 +1,110 @@
+"""Processes that read batches ahead of the training process."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import DistributedError
+from .batch import Batch
+from .order import Stream
+
+WORKER_TIMEOUT = 120.0
+"""Seconds without a batch after which a worker is taken to hang."""
+LOOK_EVERY = 2.0
+"""Seconds after which a missing batch makes us look whether its worker still lives."""
+REMEDY = "Lower data.num_workers; 0 reads in the training process."
+
+
+def read_ahead(sequences: Stream, indices: Iterator[list[int]], num_workers: int) -> Iterator[Batch]:
+    """The batches of these sequences, in this order, read by `num_workers` processes.
+
+    Raises:
+        DistributedError: a worker died, hangs or raised; names the documents that it was reading.
+    """
+    awaited: deque[list[int]] = deque()
+    batches = _start(sequences, _noting(indices, awaited), num_workers)
+    while True:
+        batch = _wait_for(batches, sequences, awaited)
+        awaited.popleft()
+        yield batch
+
+
+def _noting(indices: Iterator[list[int]], awaited: deque[list[int]]) -> Iterator[list[int]]:
+    for some in indices:
+        awaited.append(some)
+        yield some
+
+
+def _start(sequences: Stream, indices: Iterator[list[int]], num_workers: int) -> Any:
+    handler = signal.getsignal(signal.SIGCHLD)
+    loader = DataLoader(
+        _Batches(sequences),
+        sampler=indices,
+        batch_size=None,  # a sample is a batch already
+        num_workers=num_workers,
+        timeout=LOOK_EVERY,
+        worker_init_fn=_leave_signals_to_parent,
+        generator=torch.Generator(),  # torch's own would lose a random number, and training with workers differ from without
+    )
+    batches = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, handler)  # torch's would raise in the midst of whatever the main thread is doing
+    return batches
+
+
+def _leave_signals_to_parent(_: int) -> None:
+    """Ctrl-C and a cluster's SIGTERM reach every process; the training process needs its workers to finish the step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _wait_for(batches: Any, sequences: Stream, awaited: deque[list[int]]) -> Batch:
+    waited = 0.0
+    while True:
+        try:
+            batch = next(batches)
+            break
+        except RuntimeError as error:
+            waited += LOOK_EVERY
+            if "timed out" in str(error) and waited < WORKER_TIMEOUT:
+                continue
+            for worker in batches._workers:
+                worker.kill()
+            what = "hangs" if "timed out" in str(error) else "died"
+            raise DistributedError("data.num_workers", f"a data worker {what} (reading {_named(sequences, awaited)})", REMEDY) from error
+    if isinstance(batch, _Failure):
+        raise DistributedError("data.num_workers", f"a data worker failed (reading {_named(sequences, awaited)}: {batch.what})", REMEDY)
+    return batch
+
+
+def _named(sequences: Stream, awaited: deque[list[int]]) -> str:
+    first, *others = [origin for index in awaited[0] for origin in sequences.origins(index)]
+    return f"{first} and {len(others)} others" if others else first
+
+
+@dataclass
+class _Failure:
+    """What a worker gives instead of a batch that it could not read: an exception would lose its type on the way."""
+
+    what: str
+
+
+class _Batches(Dataset[Any]):
+    """What a worker does: slice the memory map."""
+
+    def __init__(self, sequences: Stream) -> None:
+        self.sequences = sequences
+
+    def __getitem__(self, indices: list[int]) -> Batch | _Failure:
+        try:
+            return self.sequences.batch(indices)
+        except Exception as error:
+            return _Failure(f"{type(error).__name__}: {error}")
