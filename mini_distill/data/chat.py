@@ -4,25 +4,48 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from ..config import DataConfig
+from ..config import DataConfig, did_you_mean
 from ..errors import DataError
 from .row import Rendered, Row, RowError
-from .text_tokens import TextTokens
+from .text_tokens import TextTokens, bytes_by_offsets, control_ids
 
 TEMPLATES = Path(__file__).parent / "chat_templates"
 ROLES = ("system", "user", "assistant", "tool")
-SHAREGPT = {"human": "user", "gpt": "assistant", "system": "system", "tool": "tool", "function_response": "tool", "user": "user", "assistant": "assistant"}
-"""ShareGPT's names of the roles."""
-MARKED = "generation %}"
-SENTINEL = "\ue000{}\ue001"
+SHAREGPT = {"human": "user", "gpt": "assistant", "function_response": "tool", **{role: role for role in ROLES}}
+"""ShareGPT's names of the roles; it uses the ordinary ones too."""
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+FIXED_DATE = "{%- macro strftime_now(format) -%}{{ format | replace('%d', '26') | replace('%m', '07') | replace('%b', 'Jul') | replace('%B', 'July') | replace('%Y', '2024') }}{%- endmacro -%}"
+"""For templates that write today's date: the same rows have to be the same tokens tomorrow."""
+OPEN, CLOSE = "\ue000", "\ue001"
+HIDDEN = re.compile(f"({OPEN}.{CLOSE})")
 """Private-use characters stand in for a special token that a user wrote, while the template is rendered."""
+FIRST_CODE = 0xE100
+MEND = "Mend the row, or set data.on_bad_row=skip."
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A conversation as the template writes it, and the ranges of characters where the assistant speaks."""
+
+    text: str
+    spans: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A text's ids `(tokens,)`, their ranges of characters `(tokens, 2)` and their bytes `(tokens,)`, all int64."""
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    num_bytes: np.ndarray
 
 
 class ChatRenderer:
@@ -30,170 +53,266 @@ class ChatRenderer:
 
     A template that marks them with `{% generation %}` is believed. For any other, a turn is what the conversation up to and with
     it has more than the conversation before it with the generation prompt; a template that rewrites earlier turns later on
-    (dropping old thoughts, say) cannot be used that way and is refused by name.
+    (dropping old thoughts, say) cannot be used that way and is refused by name. The special token that follows a turn is
+    supervised with it; blanks that follow are not.
 
     Args:
-        config: The columns and `chat_template`: a shipped name, a .jinja file, or None for the tokenizer's own.
-        tokenizer: Of teacher and student.
+        config: The columns and `chat_template`: a shipped name, a .jinja file, or None for the tokenizer's own. `add_bos`: None
+            leaves the beginning-of-sequence token to the template, true or false sees to it that there is one or none.
+        tokenizer: Of teacher and student; it has an end-of-sequence token.
         text: Encodes text in which special tokens mean nothing.
         where: The path of the data settings, for messages.
 
     Raises:
-        DataError: there is no template, or it cannot be read.
+        DataError: there is no template, or it is not one.
     """
 
     def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, text: TextTokens, where: str) -> None:
-        self.config, self.tokenizer, self.text = config, tokenizer, text
-        self.template = _load_template(config.chat_template, tokenizer, where)
-        self.special = sorted(set(tokenizer.all_special_tokens) | set(_added_tokens(tokenizer)), key=len, reverse=True)
-        self._special_ids = set(tokenizer.convert_tokens_to_ids(self.special))
-        self.ends = {tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(t) for t in self.special if t in END_OF_TURN)}
+        self.config, self.tokenizer, self.text, self.where = config, tokenizer, text, where
+        self.template = _load_template(config, tokenizer, where)
+        special = {*tokenizer.all_special_tokens, *tokenizer.convert_ids_to_tokens(control_ids(tokenizer)), OPEN, CLOSE} - {""}
+        self.hidden = sorted(special, key=lambda token: (-len(token), token))  # the longest first: one may begin another
+        self._hidden_pattern = re.compile("|".join(map(re.escape, self.hidden)))
+        self._code = {token: f"{OPEN}{chr(FIRST_CODE + number)}{CLOSE}" for number, token in enumerate(self.hidden)}
 
-    def render(self, row: Row) -> Rendered | RowError:
-        """The conversation's tokens, or what is wrong with the row."""
+    def render_many(self, rows: list[Row]) -> list[Rendered | RowError]:
+        """Each conversation's tokens, or what is wrong with the row."""
+        written = [self._write(row) for row in rows]
+        encoded = iter(self._encode([item.text for item in written if isinstance(item, _Written)]))
+        return [
+            self._join(row, item, next(encoded)) if isinstance(item, _Written) else item for row, item in zip(rows, written, strict=True)
+        ]
+
+    # ------------------------------------------------------------------------------------------------- where the assistant speaks
+
+    def _write(self, row: Row) -> _Written | RowError:
         try:
             messages = _messages(row, self.config.messages_column or "")
             tools = _tools(row, self.config.tools_column)
             if tools and "tools" not in self.template:
-                raise RowError(row.origin, "has tools, and the chat template has no place for them", "Give another data.chat_template, such as chatml or llama3.", "template")
-            text, spans = self._spans(row, self._hide(messages), self._hide(tools))
+                remedy = f"Give another {self.where}.chat_template, such as chatml or llama3."
+                raise RowError(row.origin, "has tools, and the chat template has no place for them", remedy, "template")
+            messages, tools = self._hide(messages), self._hide(tools)
+            if GENERATION.search(self.template):
+                return self._render(row, messages, tools, return_assistant_tokens_mask=True)
+            return self._by_prefixes(row, messages, tools)
         except RowError as error:
             return error
-        except (TemplateError, ValueError, TypeError) as error:
-            return RowError(row.origin, f"the chat template cannot render it ({error})", "Mend the row, or give another data.chat_template.", "template")
-        rendered = self._tokens(text, spans)
-        if not rendered.supervised.any():
-            return RowError(row.origin, "no turn of the assistant, so nothing to learn from", "Leave the row out, or set data.on_bad_row=skip.", "nothing supervised")
-        return rendered
+        except RecursionError:
+            return RowError(row.origin, "is nested too deeply", MEND, "wrong type")
 
-    # ------------------------------------------------------------------------------------------------- where the assistant speaks
-
-    def _spans(self, row: Row, messages: list[dict[str, Any]], tools: Any) -> tuple[str, list[tuple[int, int]]]:
-        """The whole text, and the character ranges of the assistant's turns."""
-        if MARKED in self.template:
-            return self._render(messages, tools, marked=True)
-        whole, _ = self._render(messages, tools)
+    def _by_prefixes(self, row: Row, messages: list[dict[str, Any]], tools: Any) -> _Written:
+        """For a template without marks: where each turn of the assistant begins and ends in the whole."""
+        whole = self._render(row, messages, tools).text
         spans = []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before, _ = self._render(messages[:i], tools, add_generation_prompt=True)
-            until, _ = self._render(messages[: i + 1], tools)
+        for i in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
+            before = self._render(row, messages[:i], tools, f" up to message {i}", add_generation_prompt=True).text
+            until = self._render(row, messages[: i + 1], tools, f" up to message {i + 1}").text
             if not until.startswith(before) or not whole.startswith(until.rstrip()):
                 what = f"the chat template renders message {i + 1} differently once others follow, so the assistant's words cannot be found"
-                raise RowError(row.origin, what, "Give a template with {% generation %} marks: data.chat_template=chatml, llama3, gemma, mistral or a .jinja file.", "template")
+                remedy = f"Give a template with {{% generation %}} marks: {self.where}.chat_template=chatml, llama3, gemma, mistral or a .jinja file."
+                raise RowError(row.origin, what, remedy, "template")
             spans.append((len(before), len(until.rstrip())))
-        return whole, spans
+        return _Written(whole, spans)
 
-    def _render(self, messages: list[dict[str, Any]], tools: Any, marked: bool = False, **options: Any) -> tuple[str, list[tuple[int, int]]]:
-        """By transformers' sandbox."""
-        from transformers.utils.chat_template_utils import render_jinja_template
+    def _render(self, row: Row, messages: list[dict[str, Any]], tools: Any, part: str = "", **options: Any) -> _Written:
+        """By the template, in transformers' sandbox."""
+        context = {"date_string": "26 Jul 2024", **self.tokenizer.special_tokens_map, **options}
+        try:
+            result: Any = render_jinja_template([messages], tools=tools, chat_template=self.template, **context)
+        except Exception as error:  # a template is a program, and may raise anything
+            remedy = f"Mend the row, or give another {self.where}.chat_template."
+            raise RowError(row.origin, f"the chat template cannot render it{part} ({error})", remedy, "template") from error
+        (text,), spans = result
+        return _Written(text, spans[0] if spans else [])
 
-        rendered, spans = render_jinja_template(
-            [messages],
-            tools=tools,
-            chat_template=self.template,
-            return_assistant_tokens_mask=marked,
-            **{**self.tokenizer.special_tokens_map, **options},
-        )
-        return rendered[0], [(int(a), int(b)) for a, b in spans[0]] if marked else []
+    def _hide(self, value: Any) -> Any:
+        """The value with the special tokens inside its strings replaced, so that those in the rendered text are the template's."""
+        if isinstance(value, str):
+            return self._hidden_pattern.sub(lambda found: self._code[found[0]], value)
+        if isinstance(value, dict):
+            return {self._hide(key): self._hide(inner) for key, inner in value.items()}
+        return [self._hide(inner) for inner in value] if isinstance(value, list) else value
 
     # ------------------------------------------------------------------------------------------------------------------- tokens
 
-    def _hide(self, value: Any) -> Any:
-        """The value with special tokens inside its strings replaced by sentinels."""
-        if isinstance(value, str):
-            for number, token in enumerate(self.special):
-                value = value.replace(token, SENTINEL.format(chr(0xE100 + number)))
-            return value
-        if isinstance(value, dict):
-            return {key: self._hide(inner) for key, inner in value.items()}
-        return [self._hide(inner) for inner in value] if isinstance(value, list) else value
+    def _encode(self, texts: list[str]) -> list[_Encoded]:
+        """The texts without anything hidden, so nearly all, at once."""
+        plain = [text for text in texts if OPEN not in text]
+        at_once = zip(plain, self.text.encode_with_offsets(plain, specials_are_text=False), strict=True)
+        return [self._encode_pieces(text) if OPEN in text else _encoded(*next(at_once)) for text in texts]
 
-    def _tokens(self, text: str, spans: list[tuple[int, int]]) -> Rendered:
-        """Piece by piece: what the template wrote with its special tokens, what a user wrote as text."""
-        ids: list[int] = []
-        supervised: list[bool] = []
-        num_bytes: list[int] = []
-        at = 0
-        for piece in re.split("(\ue000.\ue001)", text):
-            pieces = self._written_by_user(piece) if piece.startswith("\ue000") else self._written_by_template(piece)
-            for token, start, end, size in pieces:
-                follows_turn = bool(supervised) and supervised[-1] and token in self.ends and ids[-1] not in self.ends
-                ids.append(token)
-                num_bytes.append(size)
-                supervised.append(follows_turn or any(a < at + end and at + start < b for a, b in spans))
+    def _encode_pieces(self, text: str) -> _Encoded:
+        """What the template wrote, with its special tokens, and what a user wrote in their likeness, as text."""
+        pieces, at = [], 0
+        for number, piece in enumerate(HIDDEN.split(text)):
+            by_user = number % 2 == 1
+            original = self.hidden[ord(piece[1]) - FIRST_CODE] if by_user else piece
+            encoded = _encoded(original, self._encode_piece(original, at == 0, by_user))
+            offsets = np.tile([0, len(piece)], (len(encoded.ids), 1)) if by_user else encoded.offsets
+            pieces.append((encoded.ids, offsets + at, encoded.num_bytes))
             at += len(piece)
-        return Rendered(np.array(ids, dtype=np.int64), np.array(supervised, dtype=bool), np.array(num_bytes, dtype=np.int64))
+        ids, all_offsets, num_bytes = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+        return _Encoded(ids, all_offsets, num_bytes)
 
-    def _written_by_user(self, sentinel: str) -> list[tuple[int, int, int, int]]:
-        ids, num_bytes = self.text.encode([self.special[ord(sentinel[1]) - 0xE100]])[0]
-        return [(int(token), 0, len(sentinel), int(size)) for token, size in zip(ids, num_bytes, strict=True)]
+    def _encode_piece(self, piece: str, is_first: bool, by_user: bool) -> tuple[np.ndarray, np.ndarray]:
+        """A later piece is encoded behind a newline that is then taken off, or SentencePiece would put a blank in front of it."""
+        if not is_first:
+            ids, offsets = self.text.encode_with_offsets(["\n" + piece], by_user)[0]
+            later = offsets[:, 1] > 1
+            if (offsets[later, 0] >= 1).all():
+                return ids[later], offsets[later] - 1
+        return self.text.encode_with_offsets([piece], by_user)[0]
 
-    def _written_by_template(self, piece: str) -> list[tuple[int, int, int, int]]:
-        encoding = self.tokenizer.backend_tokenizer.encode(piece, add_special_tokens=False)
-        tokens, until = [], 0
-        for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            is_special = token in self._special_ids
-            tokens.append((token, start, end, 0 if is_special else len(piece[max(until, start) : end].encode())))
-            until = max(until, end)
-        return tokens
+    def _join(self, row: Row, written: _Written, encoded: _Encoded) -> Rendered | RowError:
+        """The encoded text with what is supervised in it."""
+        ids, offsets = encoded.ids, encoded.offsets
+        is_control = self.text.is_control[ids]
+        if any(written.text[begin] == OPEN for begin in offsets[is_control, 0]):  # a vocabulary that knows no other spelling
+            return RowError(row.origin, "holds a special token, which this tokenizer cannot write as text", MEND, "special token")
+        supervised = _touched(offsets, written)
+        if not (supervised & ~is_control).any():
+            what = "no turn in which the assistant says something, so nothing to learn from"
+            return RowError(row.origin, what, MEND, "nothing supervised")
+        supervised = supervised | self._ends_turn(ids, supervised, is_control)
+        return self._with_ends(Rendered(ids, supervised, np.where(is_control, 0, encoded.num_bytes)))
+
+    def _ends_turn(self, ids: np.ndarray, supervised: np.ndarray, is_control: np.ndarray) -> np.ndarray:
+        """`(tokens,)` bool: the special token right behind a turn, when the turn does not hold its end itself."""
+        behind = np.zeros(len(ids), dtype=bool)
+        behind[1:] = supervised[:-1] & ~is_control[:-1] & ~supervised[1:] & is_control[1:]
+        return behind & (ids != self.tokenizer.bos_token_id)
+
+    def _with_ends(self, row: Rendered) -> Rendered:
+        """The beginning-of-sequence token as `add_bos` says; an end-of-sequence token where the template writes no end at all."""
+        bos, eos, ids = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, row.input_ids
+        last = int(np.flatnonzero(row.supervised)[-1])
+        if not self.text.is_control[ids[last:]].any():  # <|im_end|> is mere text to this tokenizer: nothing would ever end
+            row = _edited(row, slice(0, last + 1), after=[eos])
+        if self.config.add_bos is True and ids[0] != bos:
+            return _edited(row, slice(0, None), before=[bos])
+        if self.config.add_bos is False and ids[0] == bos:
+            return _edited(row, slice(1, None))
+        return row
 
 
-END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "</s>", "<|endoftext|>")
+def _encoded(text: str, ids_and_offsets: tuple[np.ndarray, np.ndarray]) -> _Encoded:
+    ids, offsets = ids_and_offsets
+    return _Encoded(ids, offsets, bytes_by_offsets(text, offsets))
 
 
-def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+def _touched(offsets: np.ndarray, written: _Written) -> np.ndarray:
+    """`(tokens,)` bool: some character of the token is the assistant's."""
+    by_assistant = np.zeros(len(written.text) + 1, dtype=np.int64)
+    for begin, end in written.spans:
+        by_assistant[begin + 1 : end + 1] = 1
+    until = np.cumsum(by_assistant)
+    return until[offsets[:, 1]] > until[offsets[:, 0]]
 
 
-def _load_template(name: str | None, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
-    if name is None:
-        template = tokenizer.chat_template
-        if not isinstance(template, str):
-            raise DataError(f"{where}.chat_template", "missing, and the tokenizer has none", "Give chatml, llama3, gemma, mistral or a .jinja file.")
-        return template
-    file = TEMPLATES / f"{name}.jinja" if not name.endswith(".jinja") else Path(name).expanduser()
-    if not file.is_file():
-        shipped = ", ".join(sorted(path.stem for path in TEMPLATES.glob("*.jinja")))
-        raise DataError(f"{where}.chat_template", f"no template '{name}' (shipped: {shipped})", "Give one of them, or a .jinja file.")
-    return file.read_text(encoding="utf-8")
+def _edited(row: Rendered, kept: slice, before: list[int] | None = None, after: list[int] | None = None) -> Rendered:
+    """A part of the row, with tokens put before (not supervised) and after it (supervised)."""
+    before, after = before or [], after or []
+    return Rendered(
+        np.concatenate([before, row.input_ids[kept], after]).astype(np.int64),
+        np.concatenate([np.zeros(len(before), dtype=bool), row.supervised[kept], np.ones(len(after), dtype=bool)]),
+        np.pad(row.num_bytes[kept], (len(before), len(after))),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------- template
+
+
+def _load_template(config: DataConfig, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
+    """The template's text, known to compile."""
+    where = f"{where}.chat_template"
+    template = _own_template(config, tokenizer, where) if config.chat_template is None else _template_file(config.chat_template, where)
+    try:
+        render_jinja_template([], chat_template=template)
+    except Exception as error:  # the compiler's many
+        raise DataError(where, f"is not a chat template ({error})", "Give chatml, llama3, gemma, mistral or a .jinja file.") from error
+    return FIXED_DATE + template if "strftime_now" in template else template
+
+
+def _own_template(config: DataConfig, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
+    if not tokenizer.chat_template:
+        raise DataError(where, "missing, and the tokenizer has none", "Give chatml, llama3, gemma, mistral or a .jinja file.")
+    try:
+        return str(tokenizer.get_chat_template(tools=[] if config.tools_column else None))
+    except ValueError as error:  # several, and none is the default
+        raise DataError(where, f"missing ({error})", "Give chatml, llama3, gemma, mistral or a .jinja file.") from error
+
+
+def _template_file(name: str, where: str) -> str:
+    shipped = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
+    file = Path(name).expanduser() if name.endswith(".jinja") else TEMPLATES / f"{name}.jinja"
+    if name not in shipped and not (name.endswith(".jinja") and file.is_file()):
+        what = f"no template '{name}' (shipped: {', '.join(shipped)})"
+        raise DataError(where, what, did_you_mean(name, shipped) or "Give one of them, or a .jinja file.")
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(where, f"cannot read '{name}' ({error})", "Give a UTF-8 text file.") from error
+
+
+# ------------------------------------------------------------------------------------------------------------------ conversation
 
 
 def _messages(row: Row, column: str) -> list[dict[str, Any]]:
     """The conversation with `role` and `content`, from that form, from ShareGPT's, or from JSON text of either."""
-    value = _parsed(row.columns[column])
-    if not isinstance(value, list) or not value:
-        raise RowError(row.origin, f"column '{column}' holds {type(value).__name__}, expected a list of messages", reason="wrong type")
-    return [_message(row, column, number, message) for number, message in enumerate(value, start=1)]
+    value = _value(row, column)
+    if isinstance(value, list) and not value:
+        raise RowError(row.origin, f"column '{column}' is empty", reason="empty")
+    if not isinstance(value, list):
+        found = "null" if value is None else type(value).__name__
+        raise RowError(row.origin, f"column '{column}' holds {found}, expected a list of messages", MEND, "wrong type")
+    return [_message(row, f"message {number} of '{column}'", message) for number, message in enumerate(value, start=1)]
 
 
-def _message(row: Row, column: str, number: int, message: Any) -> dict[str, Any]:
-    if isinstance(message, dict) and "from" in message:
-        message = {"role": SHAREGPT.get(message["from"], message["from"]), "content": message.get("value")}
-    if not isinstance(message, dict) or "role" not in message:
-        raise RowError(row.origin, f"message {number} of '{column}' is not {{role, content}}", reason="wrong type")
-    if message["role"] not in ROLES:
-        raise RowError(row.origin, f"message {number} has the role {message['role']!r} (known: {', '.join(ROLES)})", reason="wrong type")
-    content = message.get("content")
+def _message(row: Row, name: str, message: Any) -> dict[str, Any]:
+    role, content = _role_and_content(row, name, message)
+    known = {role: role for role in ROLES} if "role" in message else SHAREGPT
+    if not isinstance(role, str) or role not in known:
+        raise RowError(row.origin, f"{name} has the role {role!r} (known: {', '.join(known)})", MEND, "wrong type")
     if content is None and message.get("tool_calls"):
-        return {**message, "content": ""}
+        content = ""
     if not isinstance(content, str):
-        raise RowError(row.origin, f"message {number} has {type(content).__name__} as content, expected text", reason="wrong type")
-    try:
-        json.dumps(message, ensure_ascii=False).encode()
-    except (UnicodeEncodeError, TypeError) as error:
-        raise RowError(row.origin, f"message {number} is not plain text ({error})", reason="wrong type") from error
-    return message
+        found = "null" if content is None else type(content).__name__
+        raise RowError(row.origin, f"{name} has {found} as content, expected text", MEND, "wrong type")
+    others = {key: value for key, value in message.items() if value is not None and key not in ("from", "value")}
+    return {**others, "role": known[role], "content": content}
+
+
+def _role_and_content(row: Row, name: str, message: Any) -> tuple[Any, Any]:
+    for role, content in (("role", "content"), ("from", "value")):
+        if isinstance(message, dict) and role in message:
+            return message[role], message.get(content)
+    raise RowError(row.origin, f'{name} is neither {{"role", "content"}} nor {{"from", "value"}}', MEND, "wrong type")
 
 
 def _tools(row: Row, column: str | None) -> list[dict[str, Any]] | None:
+    """Tool schemas: a list of objects, or JSON text of the list or of each."""
     if column is None or row.columns.get(column) in (None, "", []):
         return None
-    tools = _parsed(row.columns[column])
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise RowError(row.origin, f"column '{column}' is not a list of tool schemas", reason="wrong type")
+    value = _value(row, column)
+    tools = [_parsed(tool) for tool in value] if isinstance(value, list) else None
+    if tools is None or not all(isinstance(tool, dict) for tool in tools):
+        raise RowError(row.origin, f"column '{column}' is not a list of tool schemas", MEND, "wrong type")
     return tools
+
+
+def _value(row: Row, column: str) -> Any:
+    """A column's lists and objects, whether it holds them or their JSON text; only what could stand in a JSON file in UTF-8."""
+    if column not in row.columns:
+        raise RowError(row.origin, f"has no column '{column}' (there: {', '.join(map(str, row.columns))})", MEND, "missing column")
+    value = _parsed(row.columns[column])
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise RowError(row.origin, f"column '{column}' holds half a character (a lone surrogate)", MEND, "lone surrogate") from error
+    except (TypeError, ValueError) as error:
+        raise RowError(row.origin, f"column '{column}' is not plain text, lists and objects ({error})", MEND, "wrong type") from error
+    return value
 
 
 def _parsed(value: Any) -> Any:

@@ -16,6 +16,8 @@ from .sources import columns_of
 from .text_tokens import TextTokens
 from .tokenizers import tokenizer_fingerprint
 
+MEND = "Mend the row, or set data.on_bad_row=skip."
+
 
 class Renderer:
     """Renders the rows of a source: plain text, prompt and completion, or chat messages, as the configuration says.
@@ -24,8 +26,8 @@ class Renderer:
     - Prompt and completion: tokenised apart, so that the boundary does not depend on their contents; the completion is supervised.
     - Messages: by the chat template; the assistant's turns are supervised.
 
-    Each ends with the end-of-sequence token, which is supervised by its place, whatever the padding token is. Special tokens
-    written inside a row's own text are text: a row cannot end a turn or begin a document.
+    Each ends with the end-of-sequence token (of the turn, in a chat), which is supervised by its place, whatever the padding token
+    is. Special tokens written inside a row's own text are text: a row cannot end a turn or begin a document.
 
     Args:
         config: Columns, template and beginning-of-sequence.
@@ -34,13 +36,16 @@ class Renderer:
 
     Raises:
         DataError: there is no chat template where one is needed, or the tokenizer has no end-of-sequence token.
+        ModelError: the tokenizer is not a fast one.
     """
 
     def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, where: str = "data") -> None:
         self.config, self.where, self.columns = config, where, columns_of(config)
         self.text = TextTokens(tokenizer)
         if tokenizer.eos_token_id is None:
-            raise DataError("tokenizer", "has no end-of-sequence token, so no model could learn to stop", "Set eos_token in its tokenizer_config.json.")
+            raise DataError(
+                "tokenizer", "has no end-of-sequence token, so no model could learn to stop", "Set eos_token in its tokenizer_config.json."
+            )
         self.eos = [int(tokenizer.eos_token_id)]
         self.bos = _bos(config, tokenizer, where)
         self.chat = ChatRenderer(config, tokenizer, self.text, where) if config.messages_column else None
@@ -53,53 +58,63 @@ class Renderer:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What decides the tokens, besides the rows themselves."""
-        template = self.chat.template if self.chat is not None else None
+        """What decides the tokens, besides the rows themselves, as plain JSON values."""
         return {
+            "kind": "messages" if self.chat else "prompt and completion" if self.has_prompt else "text",
             "tokenizer": self._tokenizer_fingerprint,
             "columns": list(self.columns),
             "tools_column": self.config.tools_column,
-            "chat_template": hashlib.sha256(template.encode()).hexdigest() if template else None,
-            "bos": self.bos,
+            "chat_template": hashlib.sha256(self.chat.template.encode()).hexdigest() if self.chat else None,
+            "bos": self.config.add_bos if self.chat else self.bos,  # of a chat, null leaves it to the template
             "eos": self.eos,
         }
 
     def render_many(self, rows: list[Row]) -> list[Rendered | DataError]:
         """Each row's tokens, or what is wrong with it."""
         if self.chat is not None:
-            return [self.chat.render(row) for row in rows]
+            return [*self.chat.render_many(rows)]
         checked = [self._check(row) for row in rows]
         good = [row for row, error in zip(rows, checked, strict=True) if error is None]
         texts = [self.text.encode([row.columns[name] for row in good]) for name in self.columns]
-        rendered = iter([self._join(parts) for parts in zip(*texts, strict=True)])
+        rendered = iter([self._join(row, parts) for row, *parts in zip(good, *texts, strict=True)])
         return [error if error is not None else next(rendered) for error in checked]
 
     def _check(self, row: Row) -> RowError | None:
         for name in self.columns:
-            if (error := check_text(row.columns[name], row.origin, name)) is not None:
+            if (error := check_text(row, name)) is not None:
                 return error
         if not row.columns[self.columns[-1]]:
             return RowError(row.origin, f"column '{self.columns[-1]}' is empty", reason="empty")
         return None
 
-    def _join(self, parts: tuple[tuple[np.ndarray, np.ndarray], ...]) -> Rendered:
+    def _join(self, row: Row, parts: list[tuple[np.ndarray, np.ndarray]]) -> Rendered | RowError:
         """Beginning, prompt if there is one, supervised text, end."""
+        for name, (ids, _) in zip(self.columns, parts, strict=True):
+            if self.text.is_control[ids].any():  # vocabularies of whole words or of the Unigram kind know no other spelling
+                return RowError(
+                    row.origin, f"column '{name}' holds a special token, which this tokenizer cannot write as text", MEND, "special token"
+                )
         *prompt, (ids, num_bytes) = parts
+        if len(ids) == 0:
+            return RowError(row.origin, f"column '{self.columns[-1]}' holds nothing that the tokenizer keeps", reason="empty")
         prompt_ids = np.concatenate([np.array(self.bos, dtype=np.int64), *(part for part, _ in prompt)])
         supervised = np.arange(len(prompt_ids) + len(ids) + 1) >= len(prompt_ids)
         all_bytes = np.concatenate([np.zeros(len(self.bos), dtype=np.int64), *(part for _, part in prompt), num_bytes, [0]])
         return Rendered(np.concatenate([prompt_ids, ids, self.eos]), supervised, all_bytes)
 
 
-def check_text(value: Any, origin: str, column: str) -> RowError | None:
-    """What is wrong with a value that has to be text, or None."""
+def check_text(row: Row, column: str) -> RowError | None:
+    """What is wrong with a column that has to be text, or None."""
+    if column not in row.columns:
+        return RowError(row.origin, f"has no column '{column}' (there: {', '.join(map(str, row.columns))})", MEND, "missing column")
+    value = row.columns[column]
     if not isinstance(value, str):
         found = "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"
-        return RowError(origin, f"column '{column}' holds {found}, expected text", "Mend the row, or set data.on_bad_row=skip.", reason="wrong type")
+        return RowError(row.origin, f"column '{column}' holds {found}, expected text", MEND, "wrong type")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        return RowError(origin, f"column '{column}' holds half a character (a lone surrogate at {error.start})", "Mend the row, or set data.on_bad_row=skip.", reason="lone surrogate")
+        return RowError(row.origin, f"column '{column}' holds half a character (a lone surrogate at {error.start})", MEND, "lone surrogate")
     return None
 
 

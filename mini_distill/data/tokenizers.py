@@ -30,10 +30,12 @@ def check_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrainedTo
     ours, theirs = teacher.get_vocab(), student.get_vocab()
     if ours == theirs:
         return
-    moved = sorted(token for token in ours.keys() & theirs.keys() if ours[token] != theirs[token])
-    only_teacher, only_student = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
-    details = [f"{token!r} is {ours[token]} and {theirs[token]}" for token in moved[:2]]
-    details += [f"{len(only)} tokens such as {only[0]!r} only in the {name}'s" for only, name in ((only_teacher, "teacher"), (only_student, "student")) if only]
+    moved = sorted((token for token in ours.keys() & theirs.keys() if ours[token] != theirs[token]), key=ours.__getitem__)
+    only_teacher = sorted(ours.keys() - theirs.keys(), key=ours.__getitem__)
+    only_student = sorted(theirs.keys() - ours.keys(), key=theirs.__getitem__)
+    details = [f"{len(moved)} tokens have other ids, such as {moved[0]!r}: {ours[moved[0]]} and {theirs[moved[0]]}"] if moved else []
+    for only, name in ((only_teacher, "teacher"), (only_student, "student")):
+        details += [f"{len(only)} tokens such as {only[0]!r} only in the {name}'s"] if only else []
     raise ModelError(
         where,
         f"teacher and student have different tokenizers ({'; '.join(details)})",
