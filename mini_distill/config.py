@@ -68,10 +68,10 @@ class StudentConfig:
     num_heads: int | None = option(None, "Attention heads (scratch); divides hidden_size", at_least=1)
     num_kv_heads: int | None = option(None, "Key-value heads (scratch); divides num_heads; fewer make the cache of generation smaller", at_least=1)
     max_positions: int | None = option(None, "Longest sequence in tokens (scratch); null: the teacher's, at least data.seq_len", at_least=1)
-    tie_embeddings: bool = option(True, "One matrix for input embedding and output head (scratch); saves vocab × hidden weights")
-    rope_theta: float = option(10000.0, "Base of the rotary positions (scratch); larger for longer contexts", above=0)
-    initializer_range: float = option(0.02, "Standard deviation of the random weights (scratch)", above=0)
-    dropout: float = option(0.0, "Attention dropout (scratch)", at_least=0, below=1)
+    tie_embeddings: bool | None = option(None, "One matrix for input embedding and output head (scratch), which saves vocab × hidden weights; null: yes")
+    rope_theta: float | None = option(None, "Base of the rotary positions (scratch), larger for longer contexts; null: 10000", above=0)
+    initializer_range: float | None = option(None, "Standard deviation of the random weights (scratch); null: 1/√hidden_size", above=0)
+    dropout: float | None = option(None, "Attention dropout (scratch); null: none", at_least=0, below=1)
 
 
 @dataclass
@@ -196,11 +196,10 @@ def build_config(composed: Mapping[str, Any] | DictConfig, schema: type = Config
     Raises:
         ConfigError: with one `Problem` per unknown key, wrong type, value out of range or impossible combination, all together.
     """
-    plain = OmegaConf.to_container(composed, resolve=True) if isinstance(composed, DictConfig) else dict(composed)
-    assert isinstance(plain, dict)
+    plain: Any = OmegaConf.to_container(composed, resolve=True) if isinstance(composed, DictConfig) else composed
     tree = OmegaConf.structured(schema)
     problems = list(_merge(tree, plain, schema, prefix=""))
-    config = OmegaConf.to_object(tree)
+    config: Any = OmegaConf.to_object(tree)
     wrong = {problem.where for problem in problems}
     problems += [problem for problem in _check_ranges(config, prefix="") if problem.where not in wrong]
     if not problems:  # relations between settings mean something only when each setting does
@@ -216,7 +215,7 @@ def known_keys(schema: type = Config, prefix: str = "") -> list[str]:
     for f in dataclasses.fields(schema):
         keys.append(prefix + f.name)
         if f.default_factory is not dataclasses.MISSING and dataclasses.is_dataclass(f.default_factory):
-            keys += known_keys(f.default_factory, prefix + f.name + ".")  # type: ignore[arg-type]
+            keys += known_keys(f.default_factory, prefix + f.name + ".")
     return keys
 
 
@@ -243,7 +242,7 @@ def _merge(tree: DictConfig, values: Mapping[str, Any], schema: type, prefix: st
         nested = by_name[name].default_factory
         if nested is not dataclasses.MISSING and dataclasses.is_dataclass(nested):
             if isinstance(value, Mapping):
-                yield from _merge(tree[name], value, nested, where + ".")  # type: ignore[arg-type]
+                yield from _merge(tree[name], value, nested, where + ".")
             else:
                 yield Problem(where, f"got {value!r}, expected a group of settings", f"Set {where}.<name>=… or choose a preset.")
             continue
@@ -333,11 +332,12 @@ def check_local_path(where: str, path: str) -> Iterator[Problem]:
 
 def _check_heads(student: StudentConfig) -> Iterator[Problem]:
     if student.kind != "scratch":
-        sizes = ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "max_positions")
-        sizes = sizes if student.kind == "from_teacher" else (*sizes, "num_layers")
-        given = [name for name in sizes if getattr(student, name) is not None]
+        own = [f.name for f in dataclasses.fields(student) if "(scratch)" in f.metadata["help"]]
+        given = [name for name in own if getattr(student, name) is not None]
+        if student.kind == "hf" and student.num_layers is not None:
+            given.append("num_layers")
         for name in given:
-            yield Problem(f"student.{name}", f"given, and a student of kind {student.kind} has its size from elsewhere", "Choose student=mini_2m or another scratch preset.")
+            yield Problem(f"student.{name}", f"given, and a student of kind {student.kind} is shaped elsewhere", "Choose student=mini_2m or another scratch preset.")
         return
     for name in ("hidden_size", "num_layers", "num_heads", "intermediate_size"):
         if getattr(student, name) is None:

@@ -22,7 +22,7 @@ def build_student(
     """The student in float32.
 
     Args:
-        config: Kind and sizes.
+        config: Kind and config.
         teacher: Gives layers, or the size of the embedding; None when there is none.
         tokenizer: Shared by teacher and student.
         seq_len: Longest training sequence, tokens.
@@ -65,23 +65,21 @@ def from_scratch(
     config: StudentConfig, teacher: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase, seq_len: int, seed: int
 ) -> LlamaForCausalLM:
     """A Llama with random weights and the tokenizer's vocabulary."""
-    sizes = config
-    assert sizes.hidden_size and sizes.num_layers and sizes.num_heads and sizes.intermediate_size
+    assert config.hidden_size and config.num_layers and config.num_heads and config.intermediate_size
     teacher_positions = getattr(teacher.config.get_text_config(), "max_position_embeddings", 0) if teacher is not None else 0
-    rows: int = cast(nn.Embedding, teacher.get_input_embeddings()).weight.shape[0] if teacher is not None else 0
     llama = LlamaConfig(
-        vocab_size=max(rows, -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE if teacher is None else len(tokenizer)),
-        hidden_size=sizes.hidden_size,
-        intermediate_size=sizes.intermediate_size,
-        num_hidden_layers=sizes.num_layers,
-        num_attention_heads=sizes.num_heads,
-        num_key_value_heads=sizes.num_kv_heads or sizes.num_heads,
-        head_dim=sizes.hidden_size // sizes.num_heads,
-        max_position_embeddings=sizes.max_positions or max(teacher_positions, seq_len),
-        rope_parameters={"rope_type": "default", "rope_theta": sizes.rope_theta},
-        attention_dropout=sizes.dropout,
-        initializer_range=sizes.initializer_range,
-        tie_word_embeddings=sizes.tie_embeddings,
+        vocab_size=_embedding_rows(teacher, tokenizer),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads or config.num_heads,
+        head_dim=config.hidden_size // config.num_heads,
+        max_position_embeddings=config.max_positions or max(teacher_positions, seq_len),
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta or 10000.0},
+        attention_dropout=config.dropout or 0.0,
+        initializer_range=config.initializer_range or config.hidden_size**-0.5,  # 0.02 is far too little for narrow models
+        tie_word_embeddings=config.tie_embeddings is not False,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -89,3 +87,10 @@ def from_scratch(
     with torch.random.fork_rng([]):  # a model is made on the CPU: the generators of accelerators stay untouched
         torch.default_generator.manual_seed(seed)
         return LlamaForCausalLM(llama)
+
+
+def _embedding_rows(teacher: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase) -> int:
+    """As many as the teacher has, so that the logits line up; else the tokens, rounded up to what kernels like."""
+    if teacher is not None:
+        return cast(nn.Embedding, teacher.get_input_embeddings()).weight.shape[0]
+    return -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
