@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import random
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,3 +41,54 @@ def tiny_llama() -> Callable[..., LlamaForCausalLM]:
             return LlamaForCausalLM(config)
 
     return build
+
+
+# ------------------------------------------------------------------------------------------------------- whole runs, in seconds
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """No test reads or fills the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("MINI_DISTILL_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(
+    tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., LlamaForCausalLM], tiny_tokenizer: PreTrainedTokenizerFast
+) -> Path:
+    """The folder of a random teacher and its tokenizer."""
+    folder = tmp_path_factory.mktemp("teacher")
+    tiny_llama(vocab=64, seed=1).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL file of 60 documents of 5 to 60 characters."""
+    file = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    draw = random.Random(0)
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "two", "birds"]
+    texts = [" ".join(draw.choices(words, k=draw.randint(2, 14))) for _ in range(60)]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return file
+
+
+@pytest.fixture(scope="session")
+def tiny_command(tiny_teacher: Path, tiny_corpus: Path) -> Iterator[list[str]]:
+    """The overrides of a run of six steps that takes less than a second; all but `output_dir`."""
+    from mini_distill import result
+
+    command = [
+        *("teacher=hf", f"teacher.path={tiny_teacher}", "student.num_layers=1"),
+        *("data=jsonl", f"data.path={tiny_corpus}", "data.text_column=text", "data.eval_fraction=0.2", "data.seq_len=32"),
+        *("trainer.max_steps=6", "trainer.warmup_steps=1", "trainer.micro_batch_size=4", "trainer.save_every=2"),
+        *("trainer.learning_rate=0.01", "trainer.num_threads=1", "trainer.precision=fp32"),
+        *("evaluation.batch_size=4", "evaluation.max_batches=2", "evaluation.num_samples=1", "evaluation.sample_tokens=4"),
+    ]
+    with pytest.MonkeyPatch.context() as patch:  # speed is measured for two seconds otherwise
+        patch.setattr(result, "forward_tokens_per_second", partial(result.forward_tokens_per_second, seconds=0.0))
+        yield command

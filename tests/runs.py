@@ -1,0 +1,128 @@
+"""Whole runs for tests: in this process, in forked ones, and by the command line."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mini_distill.cli import load_config, report
+from mini_distill.errors import MiniDistillError
+
+TESTS = Path(__file__).parent
+train_module: Any = importlib.import_module("mini_distill.train")  # `mini_distill.train` may also mean the function
+forks = pytest.mark.skipif(torch.cuda.is_available(), reason="a process that has used CUDA cannot be forked")
+
+
+def run(command: list[str], output_dir: Path, *more: str) -> dict[str, Any]:
+    """Train in this process, as the command line would; gives the summary."""
+    return train_module.train(load_config([*command, f"output_dir={output_dir}", *more]))
+
+
+def steps_of(run_folder: Path) -> list[int]:
+    """The steps in the rows of metrics.jsonl, in their order."""
+    return [row["step"] for row in rows(run_folder)]
+
+
+def rows(run_folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl."""
+    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def status(run_folder: Path) -> dict[str, Any]:
+    """status.json."""
+    return json.loads((run_folder / "status.json").read_text())
+
+
+def checkpoint_steps(run_folder: Path) -> list[int]:
+    """The steps of the checkpoints that are there."""
+    return sorted(int(path.name[5:]) for path in (run_folder / "checkpoints").glob("step-????????"))
+
+
+def copy_of(run_folder: Path, target: Path) -> Path:
+    """The same run somewhere else."""
+    shutil.copytree(run_folder, target)
+    return target
+
+
+@contextmanager
+def before_step(step: int, action: Callable[[], object]) -> Iterator[None]:
+    """Call `action` once, as optimizer step `step` begins."""
+    original = train_module.seed_step
+
+    def watched(seed: int, current: int, rank: int = 0) -> None:
+        if current == step:
+            action()
+        original(seed, current, rank)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module, "seed_step", watched)
+        yield
+
+
+def send(number: signal.Signals) -> Callable[[], None]:
+    """An action: this process gets a signal."""
+    return lambda: os.kill(os.getpid(), number)
+
+
+def in_processes(count: int, body: Callable[[int], object]) -> list[int]:
+    """Run `body(rank)` in a group of forked processes, as torchrun would start them; gives how each ended (1: it raised)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [fork(lambda rank=rank: _as_rank(rank, count, port, body)) for rank in range(count)]
+    return [wait(child) for child in children]
+
+
+def _as_rank(rank: int, count: int, port: int, body: Callable[[int], object]) -> None:
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state.clear()  # what the parent found out about its own processes
+    body(rank)
+
+
+def fork(body: Callable[[], object]) -> int:
+    """Run `body` in a forked process and give its number; it ends with 0, with a MiniDistillError's code, or with 1."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        body()
+        code = 0
+    except MiniDistillError as error:
+        code = report(error)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def wait(child: int) -> int:
+    """How a forked process ended: its exit code, or minus the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def command_line(command: list[str], output_dir: Path, *more: str, torchrun: int = 0, **environment: str) -> subprocess.Popen[str]:
+    """`python -m mini_distill.train …` or `torchrun …`, started; modules of tests/ can be imported."""
+    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}"] if torchrun else []
+    arguments = [sys.executable, *start, "-m", "mini_distill.train", *command, f"output_dir={output_dir}", *more]
+    paths = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    settings = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(arguments, env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
