@@ -13,7 +13,6 @@ __version__ = "0.1.0"
 _HOMES = {
     "Config": "config",
     "load_config": "cli",
-    "train": "train",
     "distill_step": "train",
     "divergences": "losses",
     "Objective": "losses.objective",
@@ -30,8 +29,9 @@ __all__ = sorted(_HOMES)
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'mini_distill' has no attribute '{name}'")
-    home = importlib.import_module(f".{_HOMES[name]}", __name__)
-    return importlib.import_module(f".{_HOMES[name]}.{name}", __name__) if name == "divergences" else getattr(home, name)
+    if name == "divergences":
+        return importlib.import_module(".losses.divergences", __name__)
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:
