@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import math
 import os
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,7 +22,7 @@ from .config import Config, ObjectiveConfig
 from .data.loader import TrainingBatches, evaluation_batches
 from .data.prepare import PreparedData, prepare_data
 from .data.tokenizers import check_same_tokenizer, tokenizer_fingerprint
-from .errors import ConfigError, DistributedError, ModelError
+from .errors import ConfigError, DistributedError, MiniDistillError, ModelError
 from .evaluation.evaluator import Evaluator
 from .losses import divergences
 from .losses.objective import Objective
@@ -169,9 +171,27 @@ def open_run(config: Config) -> Iterator[tuple[RunFolder, StopRequest, Tracker]]
     with RunFolder(config.output_dir, plain, resume=config.resume, is_main=is_main) as run, StopRequest() as stop:
         tracker = open_tracker(config.tracking, run.path, plain, is_main)
         try:
-            yield run, stop, tracker
+            with naming_the_process():
+                yield run, stop, tracker
         finally:
             tracker.close()
+
+
+@contextmanager
+def naming_the_process() -> Iterator[None]:
+    """With several processes, whose output is mixed, an unexpected error ends in a line that names the one it happened on."""
+    try:
+        yield
+    except MiniDistillError:
+        raise
+    except Exception as error:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            raise
+        where = f"rank {os.environ.get('RANK', '0')}"
+        if isinstance(error, torch.distributed.DistError) or "Connection closed by peer" in str(error):
+            raise DistributedError(where, "another process of the group is gone", "Its own line says why, if it was not killed.") from error
+        traceback.print_exc()
+        raise DistributedError(where, f"{type(error).__name__}: {error}", "The traceback stands above.") from error
 
 
 def prepare(config: Config, run: RunFolder, tracker: Tracker) -> Distillation:
@@ -239,6 +259,7 @@ def start_processes(config: Config) -> Accelerator:
     precision = config.trainer.precision
     if precision == "auto":
         precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
+    AcceleratorState._reset_state()  # of another run in this process, as in a sweep: its precision is not ours
     accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=not on_gpu)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
