@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from .config import Config, build_config, did_you_mean
 from .errors import ConfigError, MiniDistillError, Preempted, Problem
@@ -72,6 +72,7 @@ def load_config(overrides: Sequence[str] = (), config_name: str = "train") -> Co
     """
     from hydra import compose, initialize_config_dir
 
+    _store_contract()
     overrides = prepare_overrides(list(overrides))
     with _one_line_hydra_errors(), initialize_config_dir(str(config_dir()), version_base="1.3"):
         composed = compose(config_name, list(overrides))
@@ -150,8 +151,17 @@ def run_name(overrides: Sequence[str]) -> str:
 def _hydra_main(job: Callable[[DictConfig], None], config_name: str) -> None:
     import hydra
 
+    _store_contract()
+
     with _one_line_hydra_errors():
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)(job)()
+
+
+def _store_contract() -> None:
+    """Every setting with its default, under the presets, so that --help and --cfg show them all."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name="contract", node=OmegaConf.to_container(OmegaConf.structured(Config)))
 
 
 class _one_line_hydra_errors:
