@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from .errors import ConfigError, Problem
 
@@ -23,6 +23,7 @@ TEACHER_KINDS = ("embedded", "hf", "none")
 STUDENT_KINDS = ("scratch", "from_teacher", "hf")
 DATA_SOURCES = ("python_stdlib", "text", "jsonl", "hub", "mixture")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+UNKNOWN = "unknown setting"
 FINGERPRINTS = ("tokenizer", "global_batch_size")  # compared on resuming besides the settings; resume_allow takes them too
 
 
@@ -38,6 +39,7 @@ def option(default: Any, help: str, **limits: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
+# fmt: off
 @dataclass
 class TeacherConfig:
     """The model whose distribution the student learns."""
@@ -185,6 +187,7 @@ class Config:
     resume: str = option("auto", "auto: go on from output_dir's newest good checkpoint; never: start anew, the old run is moved aside; or a checkpoint folder")
     resume_allow: list[str] = option([], "Settings that may differ from the run that is resumed, such as trainer.max_steps")
     debug: bool = option(False, "Show tracebacks of user errors too")
+# fmt: on
 
 
 # --------------------------------------------------------------------------------------------- from Hydra's tree to dataclasses
@@ -196,17 +199,30 @@ def build_config(composed: Mapping[str, Any] | DictConfig, schema: type = Config
     Raises:
         ConfigError: with one `Problem` per unknown key, wrong type, value out of range or impossible combination, all together.
     """
-    plain: Any = OmegaConf.to_container(composed, resolve=True) if isinstance(composed, DictConfig) else composed
+    from .relations import check_relations
+
+    plain: Any = _resolved(composed) if isinstance(composed, DictConfig) else composed
     tree = OmegaConf.structured(schema)
     problems = list(_merge(tree, plain, schema, prefix=""))
-    config: Any = OmegaConf.to_object(tree)
+    config: Any = _resolved(tree)
     wrong = {problem.where for problem in problems}
     problems += [problem for problem in _check_ranges(config, prefix="") if problem.where not in wrong]
-    if not problems:  # relations between settings mean something only when each setting does
+    if schema is Config and all(problem.what == UNKNOWN for problem in problems):  # relations mean something between good values
         problems += check_relations(config)
     if problems:
         raise ConfigError.from_problems(problems)
     return config
+
+
+def _resolved(tree: DictConfig) -> Any:
+    """`tree` as plain objects, its `${…}` followed."""
+    try:
+        return OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:
+        what = re.sub(r"^\w+ raised while resolving interpolation: ", "", str(error).split("\n")[0]).strip('"')
+        missing = isinstance(error, MissingMandatoryValue)
+        remedy = "Give a value in place of '???'." if missing else "${…} takes the full path of another setting, or oc.env:NAME."
+        raise ConfigError(error.full_key or "configuration", "missing" if missing else what, remedy) from error
 
 
 def known_keys(schema: type = Config, prefix: str = "") -> list[str]:
@@ -221,8 +237,8 @@ def known_keys(schema: type = Config, prefix: str = "") -> list[str]:
 
 def did_you_mean(word: str, known: list[str]) -> str:
     """`Did you mean 'x'?`, or the empty string when nothing is near."""
-    near = get_close_matches(word, known, n=1, cutoff=0.6) or get_close_matches(
-        word.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in known], n=1, cutoff=0.6
+    near = get_close_matches(word, known, n=1, cutoff=0.7) or get_close_matches(
+        word.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in known], n=1, cutoff=0.7
     )
     if not near:
         return ""
@@ -236,30 +252,58 @@ def _merge(tree: DictConfig, values: Mapping[str, Any], schema: type, prefix: st
     for name, value in values.items():
         where = prefix + str(name)
         if name not in by_name:
-            remedy = did_you_mean(where, known_keys()) or f"Known here: {', '.join(by_name)}."
-            yield Problem(where, "unknown setting", remedy)
+            yield Problem(where, UNKNOWN, _unknown_remedy(where, value, list(by_name)))
             continue
         nested = by_name[name].default_factory
-        if nested is not dataclasses.MISSING and dataclasses.is_dataclass(nested):
-            if isinstance(value, Mapping):
-                yield from _merge(tree[name], value, nested, where + ".")
-            else:
-                yield Problem(where, f"got {value!r}, expected a group of settings", f"Set {where}.<name>=… or choose a preset.")
-            continue
+        if nested is dataclasses.MISSING or not dataclasses.is_dataclass(nested):
+            yield from _write(tree, by_name[name], value, where)
+        elif isinstance(value, Mapping):
+            yield from _merge(tree[name], value, nested, where + ".")
+        else:
+            yield Problem(where, f"got {shown(value)}, expected a group of settings", f"Set {where}.<name>=… or choose a preset.")
+
+
+def _write(tree: DictConfig, setting: dataclasses.Field[Any], value: Any, where: str) -> Iterator[Problem]:
+    expected, remedy = _type_name(setting.type), setting.metadata["help"] + "."
+    if value == "???":  # OmegaConf's sign for what someone has to give
+        yield Problem(where, f"missing, expected {expected}", remedy)
+    elif _was_text(value, setting.type):
+        yield Problem(where, f"got {shown(value)}, expected {expected}", f"Quote a text that reads as something else: '{where}=\"…\"'.")
+    else:
         try:
-            tree[name] = value
+            tree[setting.name] = value
         except OmegaConfBaseException:
-            yield Problem(where, f"got {value!r}, expected {_type_name(by_name[name].type)}", by_name[name].metadata["help"] + ".")
+            yield Problem(where, f"got {shown(value)}, expected {expected}", remedy)
+
+
+def _unknown_remedy(where: str, value: Any, known_here: list[str]) -> str:
+    if near := did_you_mean(where, known_keys()):
+        return near
+    if isinstance(value, Mapping) and "." not in where:
+        return "A preset of your own that sets several groups begins with the line '# @package _global_'."
+    return f"Known here: {', '.join(known_here)}."
+
+
+def _was_text(value: Any, annotation: Any) -> bool:
+    """Whether a text was meant and something else was read: the commit 5e12 is a number to YAML and to Hydra, and `on` is true."""
+    return isinstance(value, bool | float) and "str" in _parts(annotation)
+
+
+def shown(value: Any) -> str:
+    """As the user would have written it."""
+    words = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else repr(value)
+
+
+def _parts(annotation: Any) -> list[str]:
+    """`int | None` -> ["int", "None"]. Annotations are texts here: `from __future__ import annotations`."""
+    return [part.strip() for part in str(annotation).split("|")]
 
 
 def _type_name(annotation: Any) -> str:
     words = {"int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false", "None": "null"}
-    text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
-    if text.startswith("list"):
-        return "a list, such as [a,b]"
-    if text.startswith("dict"):
-        return "a mapping, such as {name: value}"
-    return " or ".join(words.get(part.strip(), part.strip()) for part in text.split("|"))
+    words |= {"list[str]": "a list of texts, such as [a,b]", "dict[str, Any]": "a mapping, such as {name: value}"}
+    return " or ".join(words[part] for part in _parts(annotation))
 
 
 def _check_ranges(config: Any, prefix: str) -> Iterator[Problem]:
@@ -267,10 +311,14 @@ def _check_ranges(config: Any, prefix: str) -> Iterator[Problem]:
         value, limits, where = getattr(config, f.name), f.metadata, prefix + f.name
         if dataclasses.is_dataclass(value):
             yield from _check_ranges(value, where + ".")
-        elif isinstance(value, str) and not value.strip():
-            yield Problem(where, "got an empty text", "Give a value, or null for none.")
+        elif any(isinstance(text, str) and not text.strip() for text in (value if isinstance(value, list) else [value])):
+            yield Problem(where, "got an empty text", "Give a value, or null for none." if "None" in _parts(f.type) else "")
+        elif isinstance(value, str) and "\0" in value:
+            yield Problem(where, "got a text with a NUL character")
         elif isinstance(value, float) and not math.isfinite(value):
             yield Problem(where, f"got {value}, expected a finite number")
+        elif isinstance(value, int) and abs(value) >= 2**63:
+            yield Problem(where, f"got {value}, expected a number of at most 64 bits")
         elif value is not None:
             yield from _check_limits(where, value, limits)
 
@@ -290,92 +338,27 @@ def _check_limits(where: str, value: Any, limits: Mapping[str, Any]) -> Iterator
             yield Problem(where, f"got {value}, expected {words} {limits[name]}")
 
 
-# -------------------------------------------------------------------------------------------------------- what must fit together
+# ------------------------------------------------------------------------------------------------------------------ mixtures
 
 
-def check_relations(config: Config) -> list[Problem]:
-    """Settings that are each possible but not together, and paths that are not there."""
-    return [
-        *_check_models(config.teacher, config.student),
-        *_check_heads(config.student),
-        *check_data(config.data, "data"),
-        *_check_objective(config.objective, config.teacher),
-        *_check_trainer(config),
-    ]
+SETTINGS_OF_FORM = (
+    "chat_template",
+    "add_bos",
+    "seq_len",
+    "packing",
+    "on_long_row",
+    "on_bad_row",
+    "eval_fraction",
+    "cache_dir",
+    "num_workers",
+)
 
 
-def _check_models(teacher: TeacherConfig, student: StudentConfig) -> Iterator[Problem]:
-    for where, part in (("teacher", teacher), ("student", student)):
-        if part.kind == "hf" and part.path is None:
-            yield Problem(f"{where}.path", f"missing, and {where}.kind is hf", "Give a folder or a hub id.")
-        elif part.path is not None and part.kind == "hf":
-            yield from check_local_path(f"{where}.path", part.path)
-        if part.trust_remote_code and part.revision is None and not Path(part.path or "").is_dir():
-            yield Problem(f"{where}.trust_remote_code", "true without a pinned revision", f"Set {where}.revision to a commit you have read.")
-    if teacher.kind == "none" and student.kind == "from_teacher":
-        yield Problem("student.kind", "from_teacher, and there is no teacher", "Choose a teacher, or student=mini_2m.")
-    if teacher.kind == "none" and student.kind == "scratch" and student.tokenizer is None:
-        yield Problem("student.tokenizer", "missing, and there is no teacher to take one from", "Give the folder or hub id of a tokenizer.")
-    if teacher.kind != "none" and student.tokenizer is not None:
-        yield Problem("student.tokenizer", "given, and the student uses the teacher's", "Leave it out, or set teacher=none.")
+@dataclass
+class DataOnly:
+    """A data group by itself, as the parts of a mixture are."""
 
-
-def check_local_path(where: str, path: str) -> Iterator[Problem]:
-    """A path that can only be meant locally must exist; `org/name` may be a hub id."""
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    if looks_local and not Path(path).expanduser().exists():
-        parent = Path(path).expanduser().parent
-        found = sorted(p.name for p in parent.iterdir()) if parent.is_dir() else []
-        near = get_close_matches(Path(path).name, found, n=1)
-        yield Problem(where, f"no such file or folder (got '{path}')", f"Did you mean '{parent / near[0]}'?" if near else "")
-
-
-def _check_heads(student: StudentConfig) -> Iterator[Problem]:
-    if student.kind != "scratch":
-        own = [f.name for f in dataclasses.fields(student) if "(scratch)" in f.metadata["help"]]
-        given = [name for name in own if getattr(student, name) is not None]
-        if student.kind == "hf" and student.num_layers is not None:
-            given.append("num_layers")
-        for name in given:
-            yield Problem(f"student.{name}", f"given, and a student of kind {student.kind} is shaped elsewhere", "Choose student=mini_2m or another scratch preset.")
-        return
-    for name in ("hidden_size", "num_layers", "num_heads", "intermediate_size"):
-        if getattr(student, name) is None:
-            yield Problem(f"student.{name}", "missing for a student from scratch", "Choose a preset such as student=mini_2m, or give it.")
-    hidden, heads, kv_heads = student.hidden_size, student.num_heads, student.num_kv_heads
-    if hidden and heads and hidden % (2 * heads):
-        yield Problem("student.hidden_size", f"got {hidden}, expected an even multiple of student.num_heads={heads}", "Rotary positions need heads of even width.")
-    if heads and kv_heads and heads % kv_heads:
-        yield Problem("student.num_kv_heads", f"got {kv_heads}, expected a divisor of student.num_heads={heads}")
-
-
-def check_data(data: DataConfig, where: str) -> Iterator[Problem]:
-    """The data group alone; `where` is its path, so that parts of a mixture are named."""
-    if data.source == "mixture":
-        yield from _check_mixture(data, where)
-        return
-    if data.mixture:
-        yield Problem(f"{where}.mixture", f"given, and {where}.source is {data.source}", "Choose data=mixture.")
-    if data.source in ("text", "jsonl", "hub") and data.path is None:
-        what = "a data set id" if data.source == "hub" else "a file, folder or glob"
-        yield Problem(f"{where}.path", f"missing for source {data.source}", f"Give {what}.")
-    if data.source in ("text", "jsonl"):
-        for name in ("path", "eval_path"):
-            path = getattr(data, name)
-            if path is not None and not any(c in path for c in "*?["):
-                yield from check_local_path(f"{where}.{name}", path if "/" in path else "./" + path)
-    if (data.prompt_column is None) != (data.completion_column is None):
-        missing = "completion_column" if data.completion_column is None else "prompt_column"
-        yield Problem(f"{where}.{missing}", "missing: prompt and completion go together", "Name both columns.")
-    kinds = [name for name in ("text_column", "prompt_column", "messages_column") if getattr(data, name) is not None]
-    if len(kinds) > 1:
-        yield Problem(f"{where}.{kinds[1]}", f"given together with {where}.{kinds[0]}", "A row is text, or prompt and completion, or messages: name one.")
-    if data.tools_column and not data.messages_column:
-        yield Problem(f"{where}.tools_column", f"given without {where}.messages_column", "Tools belong to chat messages.")
-    if data.eval_path and data.eval_split:
-        yield Problem(f"{where}.eval_split", f"given together with {where}.eval_path", "Name one held-out source.")
-    if data.streaming and data.source != "hub":
-        yield Problem(f"{where}.streaming", f"true, and {where}.source is {data.source}", "Only hub data sets stream.")
+    data: DataConfig = field(default_factory=DataConfig)
 
 
 def mixture_parts(data: DataConfig) -> dict[str, tuple[DataConfig, float]]:
@@ -383,77 +366,9 @@ def mixture_parts(data: DataConfig) -> dict[str, tuple[DataConfig, float]]:
 
     A part takes seq_len, packing, chat_template and the other settings of form from the mixture unless it names its own.
     """
-    shared = {name: getattr(data, name) for name in ("chat_template", "add_bos", "seq_len", "packing", "on_long_row", "on_bad_row", "eval_fraction", "cache_dir", "num_workers")}
+    shared = {name: getattr(data, name) for name in SETTINGS_OF_FORM}
     parts = {}
     for name, values in data.mixture.items():
-        values = dict(values)
-        weight = values.pop("weight", 1.0)
-        parts[name] = (DataConfig(**{**shared, **values}), weight)
+        own = {key: value for key, value in values.items() if key != "weight"}
+        parts[name] = (build_config({"data": {**shared, **own}}, DataOnly).data, float(values.get("weight", 1.0)))
     return parts
-
-
-def _check_mixture(data: DataConfig, where: str) -> Iterator[Problem]:
-    if not data.mixture:
-        yield Problem(f"{where}.mixture", "empty for source mixture", "Give name: {source: …, weight: …} for each part.")
-    fixed = ("seq_len", "packing", "cache_dir", "num_workers", "mixture")
-    for name, values in data.mixture.items():
-        part_path = f"{where}.mixture.{name}"
-        if not isinstance(values, Mapping):
-            yield Problem(part_path, f"got {values!r}, expected a mapping", "Give {source: …, weight: …}.")
-            continue
-        weight = values.get("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight) or weight <= 0:
-            yield Problem(f"{part_path}.weight", f"got {weight!r}, expected a number above 0")
-            continue
-        for key in fixed:
-            if key in values:
-                yield Problem(f"{part_path}.{key}", "is a setting of the whole mixture", f"Set {where}.{key}.")
-        if values.get("source") == "mixture":
-            yield Problem(f"{part_path}.source", "a mixture within a mixture", "List all parts on one level.")
-            continue
-        try:
-            part = build_config({"data": {k: v for k, v in values.items() if k not in ("weight", *fixed)}}, _DataOnly).data
-        except ConfigError as error:
-            yield from (Problem(part_path + p.where.removeprefix("data"), p.what, p.remedy) for p in error.problems)
-        else:
-            yield from check_data(part, part_path)
-
-
-@dataclass
-class _DataOnly:
-    data: DataConfig = field(default_factory=DataConfig)
-
-
-def _check_objective(objective: ObjectiveConfig, teacher: TeacherConfig) -> Iterator[Problem]:
-    from .losses.catalogue import divergence_parameters
-
-    if objective.kl_weight == 0 and objective.ce_weight == 0:
-        yield Problem("objective.kl_weight", "0, and objective.ce_weight is 0 too: nothing would be learnt", "Give one of them a weight.")
-    if objective.kl_weight > 0 and teacher.kind == "none":
-        yield Problem("objective.kl_weight", f"got {objective.kl_weight}, and there is no teacher", "Choose a teacher, or objective=ce.")
-    known = divergence_parameters()
-    if "." in objective.divergence:
-        return  # the user's own function: checked when it is imported
-    if objective.divergence not in known:
-        remedy = did_you_mean(objective.divergence, list(known)) or f"Known: {', '.join(known)}."
-        yield Problem("objective.divergence", f"no divergence called '{objective.divergence}'", remedy)
-        return
-    for name in objective.divergence_options:
-        if name not in known[objective.divergence]:
-            takes = ", ".join(known[objective.divergence]) or "no options"
-            yield Problem(f"objective.divergence_options.{name}", f"{objective.divergence} takes {takes}", did_you_mean(name, list(known[objective.divergence])))
-
-
-def _check_trainer(config: Config) -> Iterator[Problem]:
-    trainer = config.trainer
-    if trainer.warmup_steps >= trainer.max_steps:
-        yield Problem("trainer.warmup_steps", f"got {trainer.warmup_steps}, expected less than trainer.max_steps={trainer.max_steps}")
-    flash = [w for w, part in (("teacher", config.teacher), ("student", config.student)) if (part.attn_implementation or "").startswith("flash")]
-    if flash and trainer.micro_batch_size > 1:
-        yield Problem(f"{flash[0]}.attn_implementation", "flash attention keeps packed documents apart only with trainer.micro_batch_size=1", "Use sdpa, or micro_batch_size=1 with more grad_accum_steps.")
-    if config.resume not in ("auto", "never") and not Path(config.resume).expanduser().exists():
-        yield Problem("resume", f"got '{config.resume}', expected auto, never or a checkpoint folder")
-    keys = [*known_keys(), *FINGERPRINTS]
-    for key in config.resume_allow:
-        if key not in keys:
-            yield Problem("resume_allow", f"unknown setting '{key}'", did_you_mean(key, keys))

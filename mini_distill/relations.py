@@ -1,0 +1,199 @@
+"""What must fit together: settings that are each possible but not with one another, and paths that are not there."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+
+from .config import (
+    FINGERPRINTS,
+    Config,
+    DataConfig,
+    DataOnly,
+    ObjectiveConfig,
+    StudentConfig,
+    TeacherConfig,
+    build_config,
+    did_you_mean,
+    known_keys,
+    shown,
+)
+from .errors import ConfigError, Problem
+from .losses.catalogue import divergence_parameters
+
+
+def check_relations(config: Config) -> list[Problem]:
+    """Settings that are each possible but not together, and paths that are not there."""
+    return [
+        *_check_models(config.teacher, config.student),
+        *_check_heads(config.student),
+        *check_data(config.data, "data"),
+        *_check_objective(config.objective, config.teacher),
+        *_check_trainer(config),
+    ]
+
+
+def _check_models(teacher: TeacherConfig, student: StudentConfig) -> Iterator[Problem]:
+    for where, part in (("teacher", teacher), ("student", student)):
+        if part.kind == "hf" and part.path is None:
+            yield Problem(f"{where}.path", f"missing, and {where}.kind is hf", "Give a folder or a hub id.")
+        elif part.path is not None and part.kind == "hf":
+            yield from check_local_path(f"{where}.path", part.path)
+        if part.trust_remote_code and part.revision is None and not os.path.isdir(os.path.expanduser(part.path or "")):
+            yield Problem(
+                f"{where}.trust_remote_code", "true without a pinned revision", f"Set {where}.revision to a commit you have read."
+            )
+    if teacher.kind == "none" and student.kind == "from_teacher":
+        yield Problem("student.kind", "from_teacher, and there is no teacher", "Choose a teacher, or student=mini_2m.")
+    if teacher.kind == "none" and student.kind == "scratch" and student.tokenizer is None:
+        yield Problem("student.tokenizer", "missing, and there is no teacher to take one from", "Give the folder or hub id of a tokenizer.")
+    if teacher.kind != "none" and student.tokenizer is not None:
+        yield Problem("student.tokenizer", "given, and the student uses the teacher's", "Leave it out, or set teacher=none.")
+
+
+def check_local_path(where: str, path: str) -> Iterator[Problem]:
+    """A path that can only be meant locally must exist; `org/name` may be a hub id."""
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local and not _exists(path):
+        parent = Path(os.path.expanduser(path)).parent
+        found = sorted(os.listdir(parent)) if os.path.isdir(parent) and os.access(parent, os.R_OK) else []
+        near = get_close_matches(Path(path).name, found, n=1)
+        yield Problem(where, f"no such file or folder (got '{path}')", f"Did you mean '{parent / near[0]}'?" if near else "")
+
+
+def _exists(path: str) -> bool:
+    """Also for what cannot be a path: the functions of `os.path` answer where those of `Path` raise (too long, ~nobody)."""
+    return os.path.exists(os.path.expanduser(path))
+
+
+def _check_heads(student: StudentConfig) -> Iterator[Problem]:
+    if student.kind != "scratch":
+        own = [f.name for f in dataclasses.fields(student) if "(scratch)" in f.metadata["help"]]
+        given = [name for name in own if getattr(student, name) is not None]
+        if student.kind == "hf" and student.num_layers is not None:
+            given.append("num_layers")
+        for name in given:
+            yield Problem(
+                f"student.{name}",
+                f"given, and a student of kind {student.kind} is shaped elsewhere",
+                "Choose student=mini_2m or another scratch preset.",
+            )
+        return
+    for name in ("hidden_size", "num_layers", "num_heads", "intermediate_size"):
+        if getattr(student, name) is None:
+            yield Problem(f"student.{name}", "missing for a student from scratch", "Choose a preset such as student=mini_2m, or give it.")
+    hidden, heads, kv_heads = student.hidden_size, student.num_heads, student.num_kv_heads
+    if hidden and heads and hidden % (2 * heads):
+        yield Problem(
+            "student.hidden_size",
+            f"got {hidden}, expected an even multiple of student.num_heads={heads}",
+            "Rotary positions need heads of even width.",
+        )
+    if heads and kv_heads and heads % kv_heads:
+        yield Problem("student.num_kv_heads", f"got {kv_heads}, expected a divisor of student.num_heads={heads}")
+
+
+def check_data(data: DataConfig, where: str) -> Iterator[Problem]:
+    """The data group alone; `where` is its path, so that parts of a mixture are named."""
+    if data.source == "mixture":
+        yield from _check_mixture(data, where)
+        return
+    if data.mixture:
+        yield Problem(f"{where}.mixture", f"given, and {where}.source is {data.source}", "Choose data=mixture.")
+    if data.source in ("text", "jsonl", "hub") and data.path is None:
+        what = "a data set id" if data.source == "hub" else "a file, folder or glob"
+        yield Problem(f"{where}.path", f"missing for source {data.source}", f"Give {what}.")
+    if data.source in ("text", "jsonl"):
+        for name in ("path", "eval_path"):
+            path = getattr(data, name)
+            if path is not None and not any(c in path for c in "*?["):
+                yield from check_local_path(f"{where}.{name}", path if "/" in path else "./" + path)
+    if (data.prompt_column is None) != (data.completion_column is None):
+        missing = "completion_column" if data.completion_column is None else "prompt_column"
+        yield Problem(f"{where}.{missing}", "missing: prompt and completion go together", "Name both columns.")
+    kinds = [name for name in ("text_column", "prompt_column", "messages_column") if getattr(data, name) is not None]
+    if len(kinds) > 1:
+        yield Problem(
+            f"{where}.{kinds[1]}",
+            f"given together with {where}.{kinds[0]}",
+            "A row is text, or prompt and completion, or messages: name one.",
+        )
+    if data.tools_column and not data.messages_column:
+        yield Problem(f"{where}.tools_column", f"given without {where}.messages_column", "Tools belong to chat messages.")
+    if data.eval_path and data.eval_split:
+        yield Problem(f"{where}.eval_split", f"given together with {where}.eval_path", "Name one held-out source.")
+    if data.streaming and data.source != "hub":
+        yield Problem(f"{where}.streaming", f"true, and {where}.source is {data.source}", "Only hub data sets stream.")
+
+
+def _check_mixture(data: DataConfig, where: str) -> Iterator[Problem]:
+    if not data.mixture:
+        yield Problem(f"{where}.mixture", "empty for source mixture", "Give name: {source: …, weight: …} for each part.")
+    fixed = ("seq_len", "packing", "cache_dir", "num_workers", "mixture")
+    for name, values in data.mixture.items():
+        part_path = f"{where}.mixture.{name}"
+        if not isinstance(values, Mapping):
+            yield Problem(part_path, f"got {shown(values)}, expected a mapping", "Give {source: …, weight: …}.")
+            continue
+        weight = values.get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            yield Problem(f"{part_path}.weight", f"got {shown(weight)}, expected a number above 0")
+        for key in fixed:
+            if key in values:
+                yield Problem(f"{part_path}.{key}", "is a setting of the whole mixture", f"Set {where}.{key}.")
+        if values.get("source") == "mixture":
+            yield Problem(f"{part_path}.source", "a mixture within a mixture", "List all parts on one level.")
+            continue
+        try:
+            part = build_config({"data": {k: v for k, v in values.items() if k not in ("weight", *fixed)}}, DataOnly).data
+        except ConfigError as error:
+            yield from (Problem(part_path + p.where.removeprefix("data"), p.what, p.remedy) for p in error.problems)
+        else:
+            yield from check_data(part, part_path)
+
+
+def _check_objective(objective: ObjectiveConfig, teacher: TeacherConfig) -> Iterator[Problem]:
+    if objective.kl_weight == 0 and objective.ce_weight == 0:
+        yield Problem("objective.kl_weight", "0, and objective.ce_weight is 0 too: nothing would be learnt", "Give one of them a weight.")
+    if objective.kl_weight > 0 and teacher.kind == "none":
+        yield Problem("objective.kl_weight", f"got {objective.kl_weight}, and there is no teacher", "Choose a teacher, or objective=ce.")
+    known = divergence_parameters()
+    if "." in objective.divergence:
+        return  # the user's own function: checked when it is imported
+    if objective.divergence not in known:
+        remedy = did_you_mean(objective.divergence, list(known)) or f"Known: {', '.join(known)}."
+        yield Problem("objective.divergence", f"no divergence called '{objective.divergence}'", remedy)
+        return
+    for name in objective.divergence_options:
+        if name not in known[objective.divergence]:
+            takes = ", ".join(known[objective.divergence]) or "no options"
+            yield Problem(
+                f"objective.divergence_options.{name}",
+                f"{objective.divergence} takes {takes}",
+                did_you_mean(name, list(known[objective.divergence])),
+            )
+
+
+def _check_trainer(config: Config) -> Iterator[Problem]:
+    trainer = config.trainer
+    if trainer.warmup_steps >= trainer.max_steps:
+        yield Problem("trainer.warmup_steps", f"got {trainer.warmup_steps}, expected less than trainer.max_steps={trainer.max_steps}")
+    flash = [
+        w for w, part in (("teacher", config.teacher), ("student", config.student)) if (part.attn_implementation or "").startswith("flash")
+    ]
+    if flash and trainer.micro_batch_size > 1:
+        yield Problem(
+            f"{flash[0]}.attn_implementation",
+            "flash attention keeps packed documents apart only with trainer.micro_batch_size=1",
+            "Use sdpa, or micro_batch_size=1 with more grad_accum_steps.",
+        )
+    if config.resume not in ("auto", "never") and not _exists(config.resume):
+        yield Problem("resume", f"got '{config.resume}', expected auto, never or a checkpoint folder")
+    keys = [*known_keys(), *FINGERPRINTS]
+    for key in config.resume_allow:
+        if key not in keys:
+            yield Problem("resume_allow", f"unknown setting '{key}'", did_you_mean(key, keys))
