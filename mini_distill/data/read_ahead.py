@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
 import threading
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -31,10 +34,22 @@ def read_ahead(sequences: Stream, indices: Iterator[list[int]], num_workers: int
     """
     awaited: deque[list[int]] = deque()
     batches = _start(sequences, _noting(indices, awaited), num_workers)
-    while True:
-        batch = _wait_for(batches, sequences, awaited)
-        awaited.popleft()
-        yield batch
+    stop = partial(_kill, batches._workers)
+    atexit.register(stop)  # before Python's own, which would wait for ever for workers that do not listen to SIGTERM
+    try:
+        while True:
+            batch = _wait_for(batches, sequences, awaited)
+            awaited.popleft()
+            yield batch
+    finally:
+        stop()
+        atexit.unregister(stop)
+
+
+def _kill(workers: list[Any]) -> None:
+    """They only read: there is nothing to clean up."""
+    for worker in workers:
+        worker.kill()
 
 
 def _noting(indices: Iterator[list[int]], awaited: deque[list[int]]) -> Iterator[list[int]]:
@@ -49,6 +64,7 @@ def _start(sequences: Stream, indices: Iterator[list[int]], num_workers: int) ->
         _Batches(sequences),
         sampler=indices,
         batch_size=None,  # a sample is a batch already
+        collate_fn=_as_it_is,
         num_workers=num_workers,
         timeout=LOOK_EVERY,
         worker_init_fn=_leave_signals_to_parent,
@@ -58,6 +74,10 @@ def _start(sequences: Stream, indices: Iterator[list[int]], num_workers: int) ->
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, handler)  # torch's would raise in the midst of whatever the main thread is doing
     return batches
+
+
+def _as_it_is(sample: Any) -> Any:
+    return sample
 
 
 def _leave_signals_to_parent(_: int) -> None:
@@ -70,19 +90,17 @@ def _wait_for(batches: Any, sequences: Stream, awaited: deque[list[int]]) -> Bat
     waited = 0.0
     while True:
         try:
-            batch = next(batches)
+            arrays = next(batches)
             break
-        except RuntimeError as error:
+        except (RuntimeError, OSError, EOFError) as error:
             waited += LOOK_EVERY
             if "timed out" in str(error) and waited < WORKER_TIMEOUT:
                 continue
-            for worker in batches._workers:
-                worker.kill()
             what = "hangs" if "timed out" in str(error) else "died"
             raise DistributedError("data.num_workers", f"a data worker {what} (reading {_named(sequences, awaited)})", REMEDY) from error
-    if isinstance(batch, _Failure):
-        raise DistributedError("data.num_workers", f"a data worker failed (reading {_named(sequences, awaited)}: {batch.what})", REMEDY)
-    return batch
+    if isinstance(arrays, _Failure):
+        raise DistributedError("data.num_workers", f"a data worker failed (reading {_named(sequences, awaited)}: {arrays.what})", REMEDY)
+    return Batch(*map(torch.from_numpy, arrays))
 
 
 def _named(sequences: Stream, awaited: deque[list[int]]) -> str:
@@ -98,13 +116,18 @@ class _Failure:
 
 
 class _Batches(Dataset[Any]):
-    """What a worker does: slice the memory map."""
+    """What a worker does: slice the memory map.
+
+    It sends arrays: torch would send its tensors through shared memory, of which containers have little, and which a batch
+    needs a living worker to hand over.
+    """
 
     def __init__(self, sequences: Stream) -> None:
         self.sequences = sequences
 
-    def __getitem__(self, indices: list[int]) -> Batch | _Failure:
+    def __getitem__(self, indices: list[int]) -> list[np.ndarray] | _Failure:
         try:
-            return self.sequences.batch(indices)
+            batch = self.sequences.batch(indices)
+            return [getattr(batch, f.name).numpy() for f in fields(batch)]
         except Exception as error:
             return _Failure(f"{type(error).__name__}: {error}")

@@ -50,9 +50,8 @@ class Sequences:
             for document, start, length in self._pieces(index):
                 source = slice(self.rows.offset[document] + start, self.rows.offset[document] + start + length)
                 here = slice(at, at + length)
-                tokens = self.rows.input_ids[source]
-                input_ids[row, here] = tokens
-                labels[row, here] = np.where(self.rows.supervised[source], tokens, IGNORE_INDEX)
+                input_ids[row, here] = self.rows.input_ids[source]
+                np.copyto(labels[row, here], input_ids[row, here], where=self.rows.supervised[source])
                 labels[row, at] = IGNORE_INDEX
                 position_ids[row, here] = np.arange(length)
                 num_bytes[row, here] = self.rows.num_bytes[source]
