@@ -39,7 +39,7 @@ def test_packed_fields_are_what_one_writes_by_hand(tmp_path: Path, tiny_tokenize
 
 def test_the_first_token_of_each_piece_of_a_split_document_is_not_supervised(tmp_path: Path, tiny_tokenizer: Any) -> None:
     data = prepared(tmp_path, tiny_tokenizer, [{"text": "abcdefg"}], seq_len=3, add_bos=False)  # abc def g<eos>
-    a, b, c, d, e, f, g = tiny_tokenizer.convert_tokens_to_ids(list("abcdefg"))
+    _, b, c, _, e, f, _ = tiny_tokenizer.convert_tokens_to_ids(list("abcdefg"))
     labels = [data.train[i].labels.tolist() for i in range(len(data.train))]
     assert labels == [[IGNORE, b, c], [IGNORE, e, f], [IGNORE, 2, IGNORE]]
     assert [data.train[i].position_ids.tolist() for i in range(3)] == [[0, 1, 2], [0, 1, 2], [0, 1, 0]]
