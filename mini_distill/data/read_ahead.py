@@ -34,7 +34,7 @@ def read_ahead(sequences: Stream, indices: Iterator[list[int]], num_workers: int
     """
     awaited: deque[list[int]] = deque()
     batches = _start(sequences, _noting(indices, awaited), num_workers)
-    stop = partial(_kill, batches._workers)
+    stop = partial(_kill, list(batches._workers))
     atexit.register(stop)  # before Python's own, which would wait for ever for workers that do not listen to SIGTERM
     try:
         while True:
@@ -48,8 +48,8 @@ def read_ahead(sequences: Stream, indices: Iterator[list[int]], num_workers: int
 
 def _kill(workers: list[Any]) -> None:
     """They only read: there is nothing to clean up."""
-    for worker in workers:
-        worker.kill()
+    while workers:
+        workers.pop().kill()
 
 
 def _noting(indices: Iterator[list[int]], awaited: deque[list[int]]) -> Iterator[list[int]]:
