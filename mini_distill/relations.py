@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -126,8 +127,28 @@ def check_data(data: DataConfig, where: str) -> Iterator[Problem]:
         yield Problem(f"{where}.tools_column", f"given without {where}.messages_column", "Tools belong to chat messages.")
     if data.eval_path and data.eval_split:
         yield Problem(f"{where}.eval_split", f"given together with {where}.eval_path", "Name one held-out source.")
-    if data.streaming and data.source != "hub":
-        yield Problem(f"{where}.streaming", f"true, and {where}.source is {data.source}", "Only hub data sets stream.")
+    yield from _check_belonging(data, where)
+    try:
+        re.compile(data.document_separator or "")
+    except re.error as error:
+        yield Problem(f"{where}.document_separator", f"got {data.document_separator!r}, which is no regular expression ({error})")
+
+
+_BELONGS_TO = {
+    **dict.fromkeys(("path", "eval_path"), ("text", "jsonl", "hub")),
+    **dict.fromkeys(("text_column", "prompt_column", "completion_column", "messages_column", "tools_column"), ("jsonl", "hub")),
+    **dict.fromkeys(("name", "revision", "split", "eval_split", "streaming"), ("hub",)),
+    "document_separator": ("text",),
+}
+"""Setting -> the sources that look at it; a user's own class may look at any."""
+
+
+def _check_belonging(data: DataConfig, where: str) -> Iterator[Problem]:
+    """What a source would silently pass over, such as the path of a text where the source is still the default."""
+    for name, sources in _BELONGS_TO.items():
+        if "." not in data.source and data.source not in sources and getattr(data, name) != getattr(DataConfig(), name):
+            choices = " or ".join(f"data={source}" for source in sources)
+            yield Problem(f"{where}.{name}", f"given, and {where}.source is {data.source}", f"It belongs to {choices}.")
 
 
 def _check_mixture(data: DataConfig, where: str) -> Iterator[Problem]:
