@@ -28,7 +28,7 @@ from .losses.objective import Objective, ObjectiveSums
 from .losses.reduction import count_valid_tokens, supervised_targets
 from .result import already_finished, write_result
 from .teachers.online import OnlineTeacher
-from .training.numerics import add_terms, check_finite, clip_gradient, step_metrics
+from .training.numerics import add_terms, check_finite, clip_gradient, memory_errors, step_metrics
 from .training.optimizer import learning_rate, set_learning_rate
 from .training.randomness import seed_step
 from .training.signals import StopRequest
@@ -72,7 +72,8 @@ def training_loop(d: Distillation, last_step: int, stop: StopRequest) -> None:
             micro_batches = [batch.to(d.accelerator.device) for batch in next(batches)]
             is_last = step == trainer.max_steps
 
-            metrics, stop_now = optimizer_step(d, micro_batches, step, stop_requested=stop.requested)
+            with memory_errors(step, d.config):
+                metrics, stop_now = optimizer_step(d, micro_batches, step, stop_requested=stop.requested)
             metrics["perf/tokens_per_second"] = metrics["train/tokens"] / (perf_counter() - started)
             d.tokens_seen += int(metrics["train/tokens"])
             progress.update(step, metrics)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import NumericsError
+from ..config import Config
+from ..errors import NumericsError, OutOfMemory
 from .optimizer import learning_rate
 
 if TYPE_CHECKING:
@@ -60,6 +62,35 @@ def check_finite(
         f"{what} (rows {rows}); the student was not updated",
         "Lower trainer.learning_rate, set trainer.max_grad_norm, use trainer.precision=fp32, or look at these rows.",
     )
+
+
+@contextmanager
+def memory_errors(step: int, config: Config) -> Iterator[None]:
+    """An allocation that fails becomes one line with what to do. All batches have one shape, so the first step tells.
+
+    Raises:
+        OutOfMemory: names the step and the settings that use less.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise _out_of_memory(step, config, error) from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # torch has no class of its own for the memory of a CPU
+            raise
+        raise _out_of_memory(step, config, error) from error
+
+
+def _out_of_memory(step: int, config: Config, error: BaseException) -> OutOfMemory:
+    trainer = config.trainer
+    what = f"out of memory with {trainer.micro_batch_size} sequences of {config.data.seq_len} tokens ({str(error).splitlines()[0][:120]})"
+    remedies = [
+        f"halve trainer.micro_batch_size and double trainer.grad_accum_steps (now {trainer.grad_accum_steps}), which changes no result",
+        "set trainer.gradient_checkpointing=true",
+        "load the teacher with teacher.dtype=bfloat16 or on another teacher.device",
+        "shorten data.seq_len",
+    ]
+    return OutOfMemory(f"step {step}", what, "In this order: " + "; ".join(remedies) + ".")
 
 
 def step_metrics(d: Distillation, sums: dict[str, Tensor], grad_norm: Tensor, num_valid_tokens: Tensor, step: int) -> dict[str, float]:
