@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 
-from .config import Config, build_config, did_you_mean
-from .errors import ConfigError, MiniDistillError, Preempted, Problem
+from .config import Config, build_config
+from .errors import ConfigError, MiniDistillError, Preempted
+from .overrides import missing_preset, prepare_overrides, run_name
+
+if TYPE_CHECKING:
+    from hydra.errors import MissingConfigException
+    from yaml import MarkedYAMLError
 
 
 def config_dir() -> Path:
@@ -28,17 +32,20 @@ def config_dir() -> Path:
 def run_command(task: str, config_name: str = "train") -> None:
     """The body of every verb: compose the command line's configuration, check it, run `task`, exit with its code.
 
-    `task` is `module:function`, imported only once the configuration is known to be good. Does not return; raises SystemExit with the exit code of RELIABILITY (0 finished, 2 configuration, 3 data, …).
+    `task` is `module:function`, imported only once the configuration is known to be good. Does not return; raises SystemExit with
+    the exit code (0 finished, 2 configuration, 3 data, …; of a sweep, the highest of its jobs).
     """
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions reach us whole, instead of being printed by Hydra
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us whole, instead of being printed by Hydra
     exit_codes = [0]
 
     def job(composed: DictConfig) -> None:
         exit_codes.append(run_job(task, composed))
+        if exit_codes[-1] in (130, 143):
+            sys.exit(exit_codes[-1])  # who stops a job does not want the sweep's next one to start
 
     try:
-        sys.argv[1:] = prepare_overrides(sys.argv[1:])
-        _hydra_main(job, config_name)
+        sys.argv[1:], folders = _prepare_arguments(sys.argv[1:])
+        _hydra_main(job, config_name, folders)
     except MiniDistillError as error:
         exit_codes.append(report(error))
     except KeyboardInterrupt:
@@ -48,20 +55,21 @@ def run_command(task: str, config_name: str = "train") -> None:
 
 
 def run_job(task: str, composed: DictConfig) -> int:
-    """One job of a command line or of a sweep: its exit code."""
-    debug = False
+    """One job of a command line or of a sweep: its exit code. Our own bugs are 1, with their traceback."""
     try:
         config = build_config(composed)
-        debug = config.debug
         if config.output_dir is None:
             config.output_dir = f"runs/{run_name(_job_overrides())}"
         module, function = task.split(":")
         getattr(importlib.import_module(module), function)(config)
         return 0
     except MiniDistillError as error:
-        if debug:
+        if composed.get("debug") is True:
             traceback.print_exc()
         return report(error)
+    except Exception:
+        traceback.print_exc()
+        return 1
 
 
 def load_config(overrides: Sequence[str] = (), config_name: str = "train") -> Config:
@@ -73,9 +81,9 @@ def load_config(overrides: Sequence[str] = (), config_name: str = "train") -> Co
     from hydra import compose, initialize_config_dir
 
     _store_contract()
-    overrides = prepare_overrides(list(overrides))
-    with _one_line_hydra_errors(), initialize_config_dir(str(config_dir()), version_base="1.3"):
-        composed = compose(config_name, list(overrides))
+    overrides = prepare_overrides(overrides, [config_dir()])
+    with _one_line_errors([config_dir()]), initialize_config_dir(str(config_dir()), version_base="1.3"):
+        composed = compose(config_name, overrides)
     config: Config = build_config(composed)
     if config.output_dir is None:
         config.output_dir = f"runs/{run_name(overrides)}"
@@ -91,69 +99,45 @@ def report(error: MiniDistillError) -> int:
     return error.exit_code
 
 
-# ------------------------------------------------------------------------------------------------------------------- overrides
+# ------------------------------------------------------------------------------------------------------------------- arguments
 
 
-def prepare_overrides(arguments: list[str]) -> list[str]:
-    """Check presets, and let every key through to `build_config`, which reports all problems together.
+def _prepare_arguments(arguments: list[str]) -> tuple[list[str], list[Path]]:
+    """The command line with its overrides made ready for Hydra, wherever they stand among the flags; and the folders of presets."""
+    from hydra._internal.utils import get_args_parser
 
-    Hydra stops at the first key that no YAML mentions; as "add or override" (`++key=value`) it composes, and our own check answers.
-
-    Raises:
-        ConfigError: presets that do not exist, with the ones that do.
-    """
-    searched = [config_dir(), *_user_config_dirs(arguments)]
-    groups = {path.name for folder in searched for path in folder.iterdir() if path.is_dir()}
-    prepared, problems = [], []
-    for argument in arguments:
-        match = re.match(r"^([A-Za-z_][\w.]*)=(.*)$", argument, flags=re.DOTALL)
-        if match is None:
-            prepared.append(argument)
-            continue
-        key, value = match.groups()
-        if key in groups:
-            problems += _missing_presets(key, value, searched)
-        prepared.append(argument if key in groups or key.startswith("hydra.") else f"++{argument}")  # add or override
-    if problems:
-        raise ConfigError.from_problems(problems)
-    return prepared
+    parser = get_args_parser()
+    parser.error = _refuse_arguments  # type: ignore[method-assign]
+    given = parser.parse_intermixed_args(arguments)
+    flags = list(arguments)
+    for text in given.overrides:
+        flags.remove(text)
+    folders = [config_dir(), *_user_folders(given.config_dir)]
+    if given.shell_completion:
+        return arguments, folders
+    return [*prepare_overrides(given.overrides, folders, sweep=given.multirun), *flags], folders
 
 
-def _user_config_dirs(arguments: list[str]) -> list[Path]:
-    given = [a.split("=", 1)[1] for a in arguments if a.startswith(("--config-dir=", "-cd="))]
-    given += [b for a, b in pairwise(arguments) if a in ("--config-dir", "-cd")]
-    return [Path(folder) for folder in given if Path(folder).is_dir()]
+def _refuse_arguments(message: str) -> NoReturn:
+    raise ConfigError("command line", message, "--help shows how it is used.")
 
 
-def _missing_presets(group: str, value: str, searched: list[Path]) -> list[Problem]:
-    presets = sorted({path.stem for folder in searched for path in (folder / group).glob("*.yaml")})
-    chosen = [v.strip() for v in value.strip("[]").split(",")]
-    return [
-        Problem(group, f"no preset '{name}' (choices: {', '.join(presets)})", did_you_mean(name, presets))
-        for name in chosen
-        if name not in presets and name != "null"
-    ]
-
-
-def run_name(overrides: Sequence[str]) -> str:
-    """A folder name for these overrides: the same command finds its run again, another command gets another run."""
-    ignored = ("output_dir=", "resume=", "resume_allow=", "debug=", "tracking", "hydra")
-    kept = sorted(o.lstrip("+") for o in overrides if not o.lstrip("+").startswith(ignored))
-    name = re.sub(r"[^A-Za-z0-9_.=+-]+", "-", ",".join(kept).replace(",", "+")).strip("-.") or "default"
-    if len(name) > 100 or name != "+".join(kept):  # shortened or cleaned: the hash keeps different commands apart
-        name = name[:90] + "-" + hashlib.sha256("\n".join(kept).encode()).hexdigest()[:8] if kept else "default"
-    return name
+def _user_folders(config_dir: str | None) -> list[Path]:
+    if config_dir is None:
+        return []
+    if not Path(config_dir).is_dir():
+        raise ConfigError("--config-dir", f"no such folder (got '{config_dir}')")
+    return [Path(config_dir)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------- hydra
 
 
-def _hydra_main(job: Callable[[DictConfig], None], config_name: str) -> None:
+def _hydra_main(job: Callable[[DictConfig], None], config_name: str, folders: list[Path]) -> None:
     import hydra
 
     _store_contract()
-
-    with _one_line_hydra_errors():
+    with _one_line_errors(folders):
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)(job)()
 
 
@@ -164,27 +148,65 @@ def _store_contract() -> None:
     ConfigStore.instance().store(name="contract", node=OmegaConf.to_container(OmegaConf.structured(Config)))
 
 
-class _one_line_hydra_errors:
-    """Hydra's, OmegaConf's and YAML's exceptions as ConfigErrors."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
-        from hydra.errors import HydraException
-        from omegaconf.errors import OmegaConfBaseException
-        from yaml import MarkedYAMLError
-
-        if isinstance(error, MarkedYAMLError):
-            mark = error.problem_mark
-            where = f"{Path(mark.name).name}:{mark.line + 1}" if mark else "configuration"
-            raise ConfigError(where, f"not valid YAML: {error.problem}") from error
-        if isinstance(error, HydraException | OmegaConfBaseException):
-            first = str(error).strip().split("\n")[0]
-            raise ConfigError("command line", first, "See --help for the settings.") from error
-
-
 def _job_overrides() -> list[str]:
     from hydra.core.hydra_config import HydraConfig
 
     return list(HydraConfig.get().overrides.task)
+
+
+@contextmanager
+def _one_line_errors(folders: list[Path]) -> Iterator[None]:
+    """What goes wrong while YAML files are read and composed, as ConfigErrors that name the file."""
+    from hydra.errors import HydraException, MissingConfigException
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import MarkedYAMLError
+
+    try:
+        yield
+    except MarkedYAMLError as error:
+        raise _invalid_yaml(error) from error
+    except MissingConfigException as error:
+        raise _missing_file(error, folders) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(_first_not_utf8(folders), "not UTF-8 text", "Save the file as UTF-8.") from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _not_composed(str(error)) from error
+
+
+def _invalid_yaml(error: MarkedYAMLError) -> ConfigError:
+    mark, begun = error.problem_mark, error.context_mark
+    where = f"{mark.name}:{mark.line + 1}" if mark else "configuration"
+    context = f" ({error.context} of line {begun.line + 1})" if begun and error.context else ""
+    return ConfigError(where, f"not valid YAML: {error.problem}{context}")
+
+
+def _missing_file(error: MissingConfigException, folders: list[Path]) -> ConfigError:
+    """A preset that a defaults list names, and the line that names it."""
+    group, _, preset = (error.missing_cfg_file or "").rpartition("/")
+    if not group:
+        return _not_composed(str(error))
+    problem = missing_preset(group, preset, error.options or [])
+    pattern = re.compile(rf"\b{re.escape(group)}(@\S+)?\s*:\s*['\"]?{re.escape(preset)}\b")
+    for path in (path for folder in folders for path in sorted(folder.rglob("*.yaml"))):
+        for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+            if pattern.search(line):
+                return ConfigError(f"{path}:{number}", f"{group}: {problem.what}", problem.remedy)
+    return ConfigError(problem.where, problem.what, problem.remedy)
+
+
+def _first_not_utf8(folders: list[Path]) -> str:
+    for path in (path for folder in folders for path in sorted(folder.rglob("*.yaml"))):
+        try:
+            path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            return str(path)
+    return "configuration"
+
+
+def _not_composed(message: str) -> ConfigError:
+    """Hydra's words without its object dump; `In 'experiment/mine': …` names the file."""
+    noise = ("full_key:", "object_type=", "reference_type=", "See http")
+    text = " ".join(line.strip() for line in message.splitlines() if not line.strip().startswith(noise))
+    text = text.replace("Cannot merge DictConfig with ListConfig", "got a list, expected settings (name: value)")
+    match = re.match(r"In '(.+?)': (?:\w+ raised while composing config: *)?(.*)", text)
+    return ConfigError(f"{match[1]}.yaml", match[2]) if match else ConfigError("command line", text, "--help lists groups and settings.")

@@ -56,13 +56,13 @@ def _check_models(teacher: TeacherConfig, student: StudentConfig) -> Iterator[Pr
         yield Problem("student.tokenizer", "given, and the student uses the teacher's", "Leave it out, or set teacher=none.")
 
 
-def check_local_path(where: str, path: str) -> Iterator[Problem]:
-    """A path that can only be meant locally must exist; `org/name` may be a hub id."""
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
-    if looks_local and not _exists(path):
+def check_local_path(where: str, path: str, is_local: bool = False) -> Iterator[Problem]:
+    """A path that is, or can only be, meant locally must exist; `org/name` may be a hub id."""
+    is_local = is_local or path.startswith((".", "/", "~")) or path.count("/") > 1
+    if is_local and not _exists(path):
         parent = Path(os.path.expanduser(path)).parent
         found = sorted(os.listdir(parent)) if os.path.isdir(parent) and os.access(parent, os.R_OK) else []
-        near = get_close_matches(Path(path).name, found, n=1)
+        near = get_close_matches(Path(path).name, found, n=1, cutoff=0.7)
         yield Problem(where, f"no such file or folder (got '{path}')", f"Did you mean '{parent / near[0]}'?" if near else "")
 
 
@@ -112,7 +112,7 @@ def check_data(data: DataConfig, where: str) -> Iterator[Problem]:
         for name in ("path", "eval_path"):
             path = getattr(data, name)
             if path is not None and not any(c in path for c in "*?["):
-                yield from check_local_path(f"{where}.{name}", path if "/" in path else "./" + path)
+                yield from check_local_path(f"{where}.{name}", path, is_local=True)
     if (data.prompt_column is None) != (data.completion_column is None):
         missing = "completion_column" if data.completion_column is None else "prompt_column"
         yield Problem(f"{where}.{missing}", "missing: prompt and completion go together", "Name both columns.")
@@ -172,7 +172,8 @@ def _check_mixture(data: DataConfig, where: str) -> Iterator[Problem]:
         try:
             part = build_config({"data": {k: v for k, v in values.items() if k not in ("weight", *fixed)}}, DataOnly).data
         except ConfigError as error:
-            yield from (Problem(part_path + p.where.removeprefix("data"), p.what, p.remedy) for p in error.problems)
+            for p in error.problems:
+                yield Problem(part_path + p.where.removeprefix("data"), p.what, p.remedy.replace("'data.", f"'{part_path}."))
         else:
             yield from check_data(part, part_path)
 

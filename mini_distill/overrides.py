@@ -1,0 +1,134 @@
+"""What stands on a command line: `group=preset` and `key=value`, read, checked and made ready for Hydra, all problems together."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .config import Config, did_you_mean
+from .errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+
+GROUPS = [f.name for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.default_factory)]
+"""Groups of the contract: one preset of each is always chosen. `experiment`, and a user's own groups, may be left out."""
+
+
+def prepare_overrides(overrides: Sequence[str], folders: Sequence[Path], sweep: bool = False) -> list[str]:
+    """The overrides as Hydra should see them: every key as "add or override" (`++key=value`).
+
+    Hydra stops at the first key that no YAML mentions; so it composes, and `build_config` reports all unknown keys together.
+
+    Args:
+        overrides: `group=preset`, `key=value`, `~key`.
+        folders: Where presets are looked up.
+        sweep: Whether several values (`key=a,b`) are meant.
+
+    Raises:
+        ConfigError: one problem for each override that cannot be read and each preset that is not there.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    prepared, problems = [], []
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException:
+            problems.append(_unreadable(text))
+            continue
+        problems += _problems(override, folders, sweep)
+        prepared.append(_add_or_override(override, folders))
+    if problems:
+        raise ConfigError.from_problems(problems)
+    return prepared
+
+
+def _unreadable(text: str) -> Problem:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        return Problem("command line", f"got '{text}', expected group=preset or key=value", "--help lists them.")
+    if value.startswith(("[", "{")):
+        return Problem(key, f"cannot read '{value}'", "A list is [a,b], a mapping is {name: value}.")
+    return Problem(key, f"cannot read '{value}'", f"Quote a text of special characters: {_quoted(key, value)}.")
+
+
+def _quoted(key: str, value: str) -> str:
+    """As a shell takes it, and Hydra after the shell."""
+    text = value.replace("\\", "\\\\").replace('"', '\\"')
+    return shlex.quote(f'{key}="{text}"')
+
+
+def _problems(override: Override, folders: Sequence[Path], sweep: bool) -> Iterator[Problem]:
+    key, value = override.key_or_group, (override.input_line or "").partition("=")[2]
+    if not key:
+        yield _unreadable(override.input_line or "")
+    elif override.is_delete() and key in GROUPS:
+        remedy = f"Choose {key}=none." if "none" in _presets(key, folders) else f"Choose one with {key}=…"
+        yield Problem(key, "cannot be left out (got '~')", remedy)
+    elif override.is_sweep_override() and not sweep:
+        yield Problem(key, f"got several values ({value}), expected one", f"Sweep with -m, or quote a text: {_quoted(key, value)}.")
+    elif _is_group(key, folders) and not override.is_delete():
+        yield from (missing_preset(key, name, _presets(key, folders)) for name in _chosen(override) if not _exists(key, name, folders))
+
+
+def missing_preset(group: str, name: str | None, presets: Sequence[str]) -> Problem:
+    """No such preset: which there are, and the nearest."""
+    what = f"no preset '{name}'" if name else "got no preset's name"
+    return Problem(group, f"{what} (choices: {', '.join(presets)})", did_you_mean(name or "", list(presets)))
+
+
+def _chosen(override: Override) -> list[str | None]:
+    """The presets an override names; none where a sweep computes them."""
+    from hydra.core.override_parser.types import ChoiceSweep
+
+    value = override.value()
+    if isinstance(value, ChoiceSweep):
+        value = value.list
+    elif override.is_sweep_override():
+        return []
+    return [None if name is None else str(name) for name in (value if isinstance(value, list) else [value])]
+
+
+def _exists(group: str, name: str | None, folders: Sequence[Path]) -> bool:
+    if name is None:  # `group=null`: left out
+        return group not in GROUPS
+    return bool(name) and any((folder / group / f"{name}.yaml").is_file() for folder in folders)
+
+
+def _presets(group: str, folders: Sequence[Path]) -> list[str]:
+    return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
+
+
+def _is_group(key: str, folders: Sequence[Path]) -> bool:
+    return key in GROUPS or any((folder / key).is_dir() for folder in folders)
+
+
+def _add_or_override(override: Override, folders: Sequence[Path]) -> str:
+    text, key = override.input_line or "", override.key_or_group
+    if override.is_delete() or key.startswith(("hydra.", "hydra/")):
+        return text
+    if _is_group(key, folders):
+        return text.lstrip("+") if key in (*GROUPS, "experiment") else text  # the defaults list has chosen these already
+    return "++" + text.lstrip("+")
+
+
+def run_name(overrides: Sequence[str]) -> str:
+    """A folder name for these overrides: the same command finds its run again, another command gets another run."""
+    ignored = ("output_dir=", "resume=", "resume_allow=", "debug=", "tracking", "hydra")
+    last_of_each = {text.lstrip("+").partition("=")[0]: text.lstrip("+") for text in overrides}  # as Hydra has it: the last one counts
+    kept = sorted(text for text in last_of_each.values() if not text.startswith(ignored))
+    if not kept:
+        return "default"
+    name = "+".join(kept)
+    if len(name) <= 100 and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.=+-]*[A-Za-z0-9_=]", name) and name.count("+") == len(kept) - 1:
+        return name
+    readable = re.sub(r"[^A-Za-z0-9_.=+-]+", "-", name).strip("-.")[:90]
+    return f"{readable}-{hashlib.sha256(repr(kept).encode()).hexdigest()[:8]}"  # the hash keeps different commands apart
