@@ -97,7 +97,7 @@ class DataConfig:
     tools_column: str | None = option(None, "Column of tool schemas passed to the chat template")
     chat_template: str | None = option(None, "chatml, llama3, gemma, mistral or a .jinja file; null: the tokenizer's own")
     document_separator: str | None = option(None, "Regular expression that separates documents within a text file; null: a file is a document")
-    add_bos: bool | None = option(None, "Begin each document with the beginning-of-sequence token; null: if the tokenizer has one apart from EOS")
+    add_bos: bool | None = option(None, "Begin each document with the beginning-of-sequence token; null: if the tokenizer has one apart from EOS, and in a chat as the template says")
     seq_len: int = option(256, "Tokens of a training sequence; attention memory grows with it", at_least=2)
     packing: bool = option(True, "Fill sequences with several documents, kept apart in attention and positions; false: one each, padded")
     on_long_row: str = option("auto", "Row longer than seq_len: split into pieces, truncate the end, drop, or error; auto: split text, truncate what has a prompt", choices=("auto", "split", "truncate", "drop", "error"))

@@ -171,7 +171,7 @@ class ChatRenderer:
         if any(written.text[begin] == OPEN for begin in offsets[is_control, 0]):  # a vocabulary that knows no other spelling
             return RowError(row.origin, "holds a special token, which this tokenizer cannot write as text", MEND, "special token")
         supervised = _touched(offsets, written)
-        if not (supervised & ~is_control).any():
+        if not any(written.text[begin:end].strip() for begin, end in offsets[supervised & ~is_control]):
             what = "no turn in which the assistant says something, so nothing to learn from"
             return RowError(row.origin, what, MEND, "nothing supervised")
         supervised = supervised | self._ends_turn(ids, supervised, is_control)

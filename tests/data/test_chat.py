@@ -284,12 +284,13 @@ def test_a_word_like_generation_in_a_template_is_no_mark(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "messages", [CONVERSATION[:2], [CONVERSATION[1], {"role": "assistant", "content": ""}]], ids=["no turn", "empty turn"]
+    "messages", [CONVERSATION[1:2], [CONVERSATION[1], {"role": "assistant", "content": ""}]], ids=["no turn", "empty turn"]
 )
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("marks", [True, False])
-def test_a_conversation_in_which_the_assistant_says_nothing_is_an_error(tokenizer, tmp_path, messages, marks):
+def test_a_conversation_in_which_the_assistant_says_nothing_is_an_error(tokenizer, tmp_path, messages, family, marks):
     """transformers gives a mask of zeros without a word, and 0/0 was the loss."""
-    error = render(tokenizer, messages, "chatml" if marks else template_file(tmp_path, without_marks("chatml")))
+    error = render(tokenizer, messages[-2:], family if marks else template_file(tmp_path, without_marks(family)))
     assert isinstance(error, RowError)
     assert error.reason == "nothing supervised"
 
