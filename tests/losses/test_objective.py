@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -52,13 +53,61 @@ def test_sums_of_parts_are_the_sum_of_the_whole() -> None:
     torch.testing.assert_close(whole, parts)
 
 
+@pytest.mark.parametrize("weights", [{"kl_weight": 1.0, "ce_weight": 0.0}, {"kl_weight": 0.0, "ce_weight": 1.0}, {}])
+def test_sums_are_not_divided_by_tokens_or_vocabulary(weights: dict[str, float]) -> None:
+    """Divided by tokens and then by tokens again (torchtune), or by sequence × vocabulary (trl#4105): equal logits of n tokens
+    give n times the value of one."""
+    student, teacher, targets = batch(tokens=1)
+    objective = Objective(forward_kl, "forward_kl", **weights)
+    one = objective(student, teacher, targets)
+    many = objective(student.repeat(7, 1), teacher.repeat(7, 1), targets.repeat(7))
+    torch.testing.assert_close(many.loss, 7 * one.loss)
+    assert {name: value.item() for name, value in many.terms.items()} == pytest.approx({k: 7 * v.item() for k, v in one.terms.items()})
+
+
+def test_a_value_by_hand() -> None:
+    """p = (½, ½), q = (0.9, 0.1), the data says the second token; T = 2 turns q into (0.75, 0.25) and leaves p."""
+    teacher, student = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log()
+    result = Objective(forward_kl, "forward_kl", temperature=2.0, kl_weight=3.0, ce_weight=0.1)(student, teacher, torch.tensor([1]))
+    divergence = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
+    assert result.loss.item() == pytest.approx(3 * 2**2 * divergence + 0.1 * -math.log(0.1), rel=1e-5)
+    assert {name: value.item() for name, value in result.terms.items()} == pytest.approx(
+        {"forward_kl": divergence, "ce": -math.log(0.1)}, rel=1e-5
+    )
+
+
+def test_the_logged_terms_are_detached() -> None:
+    """A term that keeps its graph keeps every activation of every micro-batch."""
+    result = Objective(forward_kl, "forward_kl")(*batch())
+    assert result.loss.requires_grad and not any(term.requires_grad for term in result.terms.values())
+
+
+def test_the_divergence_alone_reaches_the_student() -> None:
+    """Teacher targets fetched and then dropped: a run that distils nothing (atropos#456)."""
+    student, teacher, targets = batch()
+    result = Objective(forward_kl, "forward_kl", kl_weight=1.0, ce_weight=0.0)(student, teacher, targets)
+    (gradient,) = torch.autograd.grad(result.loss, student)
+    p, q = teacher.softmax(-1), student.detach().softmax(-1)
+    torch.testing.assert_close(gradient, q - p)
+    assert list(result.terms) == ["forward_kl"]
+
+
 def test_no_supervised_token_gives_exactly_zero_and_a_graph() -> None:
     """An empty completion gave 0/0 (trl#5885); a rank without a supervised token hung or divided by zero (trl#6698)."""
-    student, teacher, targets = batch(tokens=0)
-    result = Objective(forward_kl, "forward_kl")(student, teacher, targets)
+    _, teacher, targets = batch(tokens=0)
+    head = torch.nn.Linear(3, VOCAB).double()
+    result = Objective(forward_kl, "forward_kl")(head(torch.zeros(0, 3, dtype=torch.float64)), teacher, targets)
     result.loss.backward()
-    assert result.loss.item() == 0 and student.grad is not None and student.grad.shape == (0, VOCAB)
-    assert all(value.item() == 0 for value in result.terms.values())
+    assert result.loss.item() == 0 and {name: value.item() for name, value in result.terms.items()} == {"forward_kl": 0, "ce": 0}
+    assert all(p.grad is not None and not p.grad.any() for p in head.parameters())
+
+
+def test_an_empty_batch_adds_nothing_even_where_weights_are_not_finite() -> None:
+    student, teacher, targets = batch(tokens=2)
+    spoilt = torch.full_like(student, math.nan, requires_grad=True)
+    result = Objective(forward_kl, "forward_kl")(spoilt[:0], teacher[:0], targets[:0])
+    result.loss.backward()
+    assert result.loss.item() == 0 and spoilt.grad is not None and not spoilt.grad.any()
 
 
 @pytest.mark.parametrize("padded", ["student", "teacher", "both"])
@@ -96,11 +145,41 @@ def test_narrow_logits_are_summed_in_float32(dtype: torch.dtype) -> None:
     assert result.loss.dtype == torch.float32 and all(term.dtype == torch.float32 for term in result.terms.values())
 
 
+def test_double_precision_stays() -> None:
+    result = Objective(forward_kl, "forward_kl")(*batch(dtype=torch.float64))
+    assert result.loss.dtype == torch.float64 and all(term.dtype == torch.float64 for term in result.terms.values())
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+def test_padding_columns_get_no_probability_and_take_no_gradient(rows: int) -> None:
+    """Zero logits of padding take probability away (Liger): a softmax over the real columns is what the objective sees."""
+    student, teacher, targets = batch(tokens=rows, vocab=VOCAB + 3)
+    objective = Objective(forward_kl, "forward_kl", vocab_size=VOCAB, kl_weight=0.0, ce_weight=1.0)
+    result = objective(student, teacher, targets)
+    torch.testing.assert_close(result.loss, -student[:, :VOCAB].log_softmax(-1).gather(1, targets[:, None]).sum())
+    (gradient,) = torch.autograd.grad(result.loss, student)
+    assert not gradient[:, VOCAB:].any() and gradient[:, :VOCAB].all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_padding_columns_may_hold_anything(bad: float) -> None:
+    student, teacher, targets = batch(vocab=VOCAB + 3)
+    objective = Objective(jsd, "jsd", vocab_size=VOCAB)
+    expected = objective(student, teacher, targets).loss.item()
+    with torch.no_grad():
+        student[:, VOCAB:], teacher[:, VOCAB:] = bad, bad
+    loss = objective(student, teacher, targets).loss
+    loss.backward()
+    assert loss.item() == expected and student.grad is not None and student.grad.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
         ({}, "0.5 · forward_kl + 0.5 · ce"),
         ({"temperature": 2.0}, "0.5 · 2² · forward_kl(T=2) + 0.5 · ce"),
+        ({"temperature": 2.0, "scale_by_temperature_squared": False}, "0.5 · forward_kl(T=2) + 0.5 · ce"),
+        ({"kl_weight": 1.0, "ce_weight": 0.0, "options": {"skew": 0.1}}, "1 · forward_kl(skew=0.1)"),
         ({"kl_weight": 0.0, "ce_weight": 1.0}, "1 · ce"),
     ],
 )

@@ -26,6 +26,28 @@ def test_the_label_of_the_first_position_counts_for_nothing() -> None:
     assert supervised_targets(torch.tensor([[5, X, X]])).shape == (0,)
 
 
+def test_the_mask_has_a_true_for_each_target_and_none_at_the_end() -> None:
+    labels = torch.randint(0, 5, (6, 9), generator=torch.Generator().manual_seed(0)) - 1
+    labels[labels < 0] = X
+    mask = loss_mask(labels)
+    expected = [(row, at) for row in range(6) for at in range(8) if labels[row, at + 1] != X]
+    assert mask.nonzero().tolist() == [list(pair) for pair in expected]
+    assert supervised_targets(labels).tolist() == [int(labels[row, at + 1]) for row, at in expected]
+    assert count_valid_tokens(labels).item() == len(expected) and count_valid_tokens(labels).dtype == torch.int64
+
+
+def test_token_zero_is_a_target_like_any_other() -> None:
+    assert supervised_targets(torch.tensor([[X, 0, X, 0]])).tolist() == [0, 0]
+
+
+def test_labels_stay_as_they_were() -> None:
+    """A count taken in the wrong order changed the labels (trl#5653)."""
+    labels = LABELS.clone()
+    for function in (shift_labels, loss_mask, supervised_targets, count_valid_tokens):
+        function(labels)
+    assert torch.equal(labels, LABELS)
+
+
 def test_only_narrow_numbers_are_widened() -> None:
     assert at_least_float32(torch.zeros(1, dtype=torch.bfloat16)).dtype == torch.float32
     assert at_least_float32(torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
