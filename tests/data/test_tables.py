@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,41 @@ def test_parquet_keeps_types_and_a_damaged_file_stops(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone\.jsonl: cannot be read \(No such file"):
         read(tmp_path / "gone.jsonl")
+
+
+def damaged(data: bytes, chance: random.Random) -> bytes:
+    """One to three bits flipped, bytes taken out or put in, or the end cut off."""
+    for _ in range(chance.randint(1, 3)):
+        at, change = chance.randrange(len(data)), chance.randrange(4)
+        if change == 0:
+            data = data[:at] + bytes([data[at] ^ 1 << chance.randrange(8)]) + data[at + 1 :]
+        elif change == 1:
+            data = data[:at] + data[at + chance.randint(1, 9) :] or b"{"
+        elif change == 2:
+            data = data[:at] + chance.choice((b'"', b"\n", b"\0", b"\xff", b"{", b"]", b"\\u12", b"\xe2\x80\xa8")) + data[at:]
+        else:
+            data = data[: max(at, 1)]
+    return data
+
+
+def test_two_thousand_damaged_files_mean_the_same_or_say_where(tmp_path: Path) -> None:
+    """Every line is a row or an error that names it, and an undamaged line is what it was."""
+    chance, stopped = random.Random(0), 0
+    rows = [{"id": i, "text": f"row {i} é"} for i in range(6)]
+    lines = {json.dumps(row, ensure_ascii=row["id"] % 2 == 0).encode(): row for row in rows}
+    for _ in range(2000):
+        data = damaged(b"".join(line + b"\n" for line in lines), chance)
+        file = write(tmp_path, "a.jsonl", data)
+        try:
+            found = read(file)
+        except DataError as error:  # it begins with "[" now
+            assert str(error).startswith(f"{file}:") and "\n" not in str(error)
+            stopped += 1
+            continue
+        expected = [(f":{number}", line) for number, line in enumerate(data.split(b"\n"), start=1) if line.strip()]
+        assert [place for place, _ in found] == [place for place, _ in expected], data
+        assert all(columns == lines[line] for (_, columns), (_, line) in zip(found, expected, strict=True) if line in lines), data
+    assert stopped < 20
 
 
 @pytest.mark.parametrize(
