@@ -125,6 +125,16 @@ def test_half_precision_gives_the_models_own_logits_to_the_bit(model: PreTrained
         assert torch.equal(language_model(batch), own_logits(model, batch))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_large_logits_in_half_precision_are_no_reason_to_refuse(model: PreTrainedModel, batch: Batch, dtype: torch.dtype) -> None:
+    """GPT-2's logits lie around −100."""
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda module, inputs, logits: logits - 100)
+    language_model = LanguageModel(model.to(dtype))
+    with torch.no_grad():
+        assert torch.equal(language_model(batch), own_logits(model, batch))
+
+
 @pytest.mark.parametrize("family", CHANGES_ITS_LOGITS)
 def test_leaving_out_what_a_family_does_to_its_logits_would_show(model: PreTrainedModel, batch: Batch) -> None:
     """The fixtures are able to fail: without scaling or capping the logits are far from the model's own."""
