@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
 import signal
 import threading
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from functools import partial
+from multiprocessing.util import Finalize
 from typing import Any
 
 import numpy as np
@@ -34,8 +33,8 @@ def read_ahead(sequences: Stream, indices: Iterator[list[int]], num_workers: int
     """
     awaited: deque[list[int]] = deque()
     batches = _start(sequences, _noting(indices, awaited), num_workers)
-    stop = partial(_kill, list(batches._workers))
-    atexit.register(stop)  # before Python's own, which would wait for ever for workers that do not listen to SIGTERM
+    # Python's own way of ending would wait for ever for workers that do not listen to SIGTERM.
+    stop = Finalize(None, _kill, (batches._workers,), exitpriority=10)
     try:
         while True:
             batch = _wait_for(batches, sequences, awaited)
@@ -43,13 +42,12 @@ def read_ahead(sequences: Stream, indices: Iterator[list[int]], num_workers: int
             yield batch
     finally:
         stop()
-        atexit.unregister(stop)
 
 
 def _kill(workers: list[Any]) -> None:
     """They only read: there is nothing to clean up."""
-    while workers:
-        workers.pop().kill()
+    for worker in workers:
+        worker.kill()
 
 
 def _noting(indices: Iterator[list[int]], awaited: deque[list[int]]) -> Iterator[list[int]]:

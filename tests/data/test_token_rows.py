@@ -1,0 +1,65 @@
+"""Token rows on disk."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mini_distill.data import token_rows
+from mini_distill.data.row import Rendered
+from mini_distill.data.token_rows import TokenRows, TokenRowsWriter
+
+
+def rendered(ids: list[int], supervised: list[bool]) -> Rendered:
+    return Rendered(np.array(ids), np.array(supervised), np.arange(len(ids)))
+
+
+def write(folder: Path, rows: list[tuple[str, Rendered]], num_ids: int = 100) -> TokenRows:
+    writer = TokenRowsWriter(folder, "train", num_ids)
+    for origin, row in rows:
+        writer.add(origin, row)
+    writer.close()
+    return TokenRows(folder, "train")
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    rows = write(tmp_path, [("a:1", rendered([5, 6, 7], [False, True, True])), ("b/é:2", rendered([8], [True]))])
+    assert rows.input_ids.tolist() == [5, 6, 7, 8] and rows.supervised.tolist() == [False, True, True, True]
+    assert rows.num_bytes.tolist() == [0, 1, 2, 0] and rows.offset.tolist() == [0, 3, 4]
+    assert len(rows) == 2 and rows.lengths.tolist() == [3, 1] and [rows.origin(0), rows.origin(1)] == ["a:1", "b/é:2"]
+
+
+def test_an_origin_may_be_a_file_name_that_is_not_text(tmp_path: Path) -> None:
+    assert write(tmp_path, [("bad\udcff.txt", rendered([1, 2], [True, True]))]).origin(0) == "bad\udcff.txt"
+
+
+@pytest.mark.parametrize(("num_ids", "bytes_each"), [(2**16, 2), (2**16 + 1, 4)])
+def test_the_highest_token_id_decides_the_width(tmp_path: Path, num_ids: int, bytes_each: int) -> None:
+    rows = write(tmp_path, [("a", rendered([0, num_ids - 1], [True, True]))], num_ids)
+    assert rows.input_ids.tolist() == [0, num_ids - 1] and rows.input_ids.itemsize == bytes_each
+
+
+def test_no_rows_are_read_back_too(tmp_path: Path) -> None:
+    rows = write(tmp_path, [])
+    assert len(rows) == 0 and rows.input_ids.size == 0 and rows.count_supervised(np.zeros(0, int), np.zeros(0, int)).size == 0
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 1000])
+def test_supervised_tokens_are_counted_range_by_range_in_any_bite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    monkeypatch.setattr(token_rows, "TOKENS_AT_ONCE", at_once)
+    chance = np.random.default_rng(0)
+    supervised = chance.random(300) < 0.5
+    rows = write(tmp_path, [("a", rendered([1] * 300, supervised.tolist()))])
+    edges = np.sort(chance.choice(301, 40, replace=False))
+    begin, end = edges[::2], edges[1::2]
+    assert rows.count_supervised(begin, end).tolist() == [int(supervised[a:b].sum()) for a, b in zip(begin, end, strict=True)]
+
+
+def test_a_spawned_worker_gets_file_names_and_no_copy(tmp_path: Path) -> None:
+    """A memory map is pickled with all that it maps: every spawned worker held the corpus once more."""
+    rows = write(tmp_path, [("a", rendered([3] * 50_000, [True] * 50_000))])
+    sent = pickle.dumps(rows)
+    assert len(sent) < 1000 and pickle.loads(sent).input_ids.tolist() == rows.input_ids.tolist()
