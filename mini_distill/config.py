@@ -10,8 +10,10 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cache
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -202,7 +204,7 @@ def build_config(composed: Mapping[str, Any] | DictConfig, schema: type = Config
     from .relations import check_relations
 
     plain: Any = _resolved(composed) if isinstance(composed, DictConfig) else composed
-    tree = OmegaConf.structured(schema)
+    tree = deepcopy(_typed_tree(schema))
     problems = list(_merge(tree, plain, schema, prefix=""))
     config: Any = _resolved(tree)
     wrong = {problem.where for problem in problems}
@@ -212,6 +214,12 @@ def build_config(composed: Mapping[str, Any] | DictConfig, schema: type = Config
     if problems:
         raise ConfigError.from_problems(problems)
     return config
+
+
+@cache
+def _typed_tree(schema: type) -> DictConfig:
+    """Made once: it takes OmegaConf longer than all the rest."""
+    return OmegaConf.structured(schema)
 
 
 def _resolved(tree: DictConfig) -> Any:
@@ -236,14 +244,20 @@ def known_keys(schema: type = Config, prefix: str = "") -> list[str]:
 
 
 def did_you_mean(word: str, known: list[str]) -> str:
-    """`Did you mean 'x'?`, or the empty string when nothing is near."""
-    near = get_close_matches(word, known, n=1, cutoff=0.7) or get_close_matches(
-        word.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in known], n=1, cutoff=0.7
-    )
-    if not near:
+    """`Did you mean 'x'?`, or the empty string when nothing is near. Siblings come first, then the same name elsewhere."""
+    if len(word) > 100:
         return ""
-    full = near[0] if near[0] in known else next(k for k in known if k.endswith("." + near[0]) or k == near[0])
-    return f"Did you mean '{full}'?"
+    group, _, name = word.rpartition(".")
+    siblings = [key for key in known if key.rpartition(".")[0] == group]
+    by_path = {key: key for key in known}
+    for wanted, keys, cutoff in ((name, _by_name(siblings), 0.7), (name, _by_name(known), 0.7), (word, by_path, 0.85)):
+        if near := get_close_matches(wanted, list(keys), n=1, cutoff=cutoff):
+            return f"Did you mean '{keys[near[0]]}'?"
+    return ""
+
+
+def _by_name(keys: list[str]) -> dict[str, str]:
+    return {key.rpartition(".")[2]: key for key in reversed(keys)}
 
 
 def _merge(tree: DictConfig, values: Mapping[str, Any], schema: type, prefix: str) -> Iterator[Problem]:
@@ -290,9 +304,11 @@ def _was_text(value: Any, annotation: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """As the user would have written it."""
-    words = {None: "null", True: "true", False: "false"}
-    return words[value] if value is None or isinstance(value, bool) else repr(value)
+    """As the user would have written it, shortened to fit in a line."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:80]}…{text[-20:]}"
 
 
 def _parts(annotation: Any) -> list[str]:
@@ -324,10 +340,14 @@ def _check_ranges(config: Any, prefix: str) -> Iterator[Problem]:
 
 
 def _check_limits(where: str, value: Any, limits: Mapping[str, Any]) -> Iterator[Problem]:
-    if "choices" in limits and value not in limits["choices"] and not (limits.get("importable") and "." in value):
-        remedy = did_you_mean(value, list(limits["choices"]))
+    if limits.get("importable") and "." in value:
+        if not all(part.isidentifier() for part in value.split(".")):
+            yield Problem(where, f"got {shown(value)}, expected an import path such as my_package.my_module.name")
+    elif "choices" in limits and value not in limits["choices"]:
         also = " or an import path" if limits.get("importable") else ""
-        yield Problem(where, f"got {value!r}, expected one of {', '.join(limits['choices'])}{also}", remedy)
+        yield Problem(
+            where, f"got {shown(value)}, expected one of {', '.join(limits['choices'])}{also}", did_you_mean(value, list(limits["choices"]))
+        )
     for name, words, holds in (
         ("at_least", "at least", lambda limit: value >= limit),
         ("above", "above", lambda limit: value > limit),
