@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from mini_distill.config import DataConfig
+from mini_distill.config import DataConfig, build_config
 from mini_distill.data.row import Row, RowError
 from mini_distill.data.sources import checked_rows, columns_of, find_files, open_source
-from mini_distill.errors import DataError
+from mini_distill.errors import ConfigError, DataError
 
 
 class Squares:
@@ -102,6 +102,28 @@ def test_a_class_that_is_no_source_is_one_line(source: str, message: str) -> Non
 def test_a_user_s_rows_have_to_be_rows() -> None:
     with pytest.raises(DataError, match=r"rows\(\) of .*Squares gave dict, expected"):
         rows(DataConfig(source=f"{__name__}.Squares", name="bare"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "where", "remedy"),
+    [
+        ({"path": "x.txt"}, "data.path", "data=text or data=jsonl or data=hub"),
+        ({"source": "text", "path": __file__, "text_column": "body"}, "data.text_column", "data=jsonl or data=hub"),
+        ({"source": "jsonl", "path": __file__, "eval_split": "test"}, "data.eval_split", "data=hub"),
+        (
+            {"source": "mixture", "mixture": {"a": {"source": "python_stdlib"}}, "max_rows": 5},
+            "data.max_rows",
+            "data.mixture.<name>.max_rows",
+        ),
+        ({"source": "text", "path": __file__, "document_separator": "("}, "data.document_separator", "no regular expression"),
+    ],
+)
+def test_a_setting_that_the_source_would_pass_over_is_refused(settings: dict[str, Any], where: str, remedy: str) -> None:
+    """`data.path=corpus.txt` without data=text trained on the standard library."""
+    with pytest.raises(ConfigError) as caught:
+        build_config({"data": settings})
+    (problem,) = [problem for problem in caught.value.problems if problem.where.startswith("data")]
+    assert problem.where == where and remedy in str(problem)
 
 
 # ------------------------------------------------------------------------------------------------------------------------- hub
