@@ -44,6 +44,8 @@ def _check_models(teacher: TeacherConfig, student: StudentConfig) -> Iterator[Pr
             yield Problem(f"{where}.path", f"missing, and {where}.kind is hf", "Give a folder or a hub id.")
         elif part.path is not None and part.kind == "hf":
             yield from check_local_path(f"{where}.path", part.path)
+        elif part.path is not None:
+            yield Problem(f"{where}.path", f"given, and {where}.kind is {part.kind}", f"Choose {where}=hf.")
         if part.trust_remote_code and part.revision is None and not os.path.isdir(os.path.expanduser(part.path or "")):
             yield Problem(
                 f"{where}.trust_remote_code", "true without a pinned revision", f"Set {where}.revision to a commit you have read."
@@ -63,7 +65,7 @@ def check_local_path(where: str, path: str, is_local: bool = False) -> Iterator[
         parent = Path(os.path.expanduser(path)).parent
         found = sorted(os.listdir(parent)) if os.path.isdir(parent) and os.access(parent, os.R_OK) else []
         near = get_close_matches(Path(path).name, found, n=1, cutoff=0.7)
-        yield Problem(where, f"no such file or folder (got '{path}')", f"Did you mean '{parent / near[0]}'?" if near else "")
+        yield Problem(where, f"no such file or folder (got {shown(path)})", f"Did you mean '{parent / near[0]}'?" if near else "")
 
 
 def _exists(path: str) -> bool:
@@ -131,7 +133,7 @@ def check_data(data: DataConfig, where: str) -> Iterator[Problem]:
     try:
         re.compile(data.document_separator or "")
     except re.error as error:
-        yield Problem(f"{where}.document_separator", f"got {data.document_separator!r}, which is no regular expression ({error})")
+        yield Problem(f"{where}.document_separator", f"got {shown(data.document_separator)}, which is no regular expression ({error})")
 
 
 _BELONGS_TO = {
@@ -191,7 +193,7 @@ def _check_objective(objective: ObjectiveConfig, teacher: TeacherConfig) -> Iter
         return  # the user's own function: checked when it is imported
     if objective.divergence not in known:
         remedy = did_you_mean(objective.divergence, list(known)) or f"Known: {', '.join(known)}."
-        yield Problem("objective.divergence", f"no divergence called '{objective.divergence}'", remedy)
+        yield Problem("objective.divergence", f"no divergence called {shown(objective.divergence)}", remedy)
         return
     for name in objective.divergence_options:
         if name not in known[objective.divergence]:
@@ -207,6 +209,8 @@ def _check_trainer(config: Config) -> Iterator[Problem]:
     trainer = config.trainer
     if trainer.warmup_steps >= trainer.max_steps:
         yield Problem("trainer.warmup_steps", f"got {trainer.warmup_steps}, expected less than trainer.max_steps={trainer.max_steps}")
+    if trainer.export == "best" and trainer.eval_every is None:
+        yield Problem("trainer.export", "best, and only the last step is evaluated", "Set trainer.eval_every, or trainer.export=last.")
     flash = [
         w for w, part in (("teacher", config.teacher), ("student", config.student)) if (part.attn_implementation or "").startswith("flash")
     ]
@@ -217,8 +221,8 @@ def _check_trainer(config: Config) -> Iterator[Problem]:
             "Use sdpa, or micro_batch_size=1 with more grad_accum_steps.",
         )
     if config.resume not in ("auto", "never") and not _exists(config.resume):
-        yield Problem("resume", f"got '{config.resume}', expected auto, never or a checkpoint folder")
+        yield Problem("resume", f"got {shown(config.resume)}, expected auto, never or a checkpoint folder")
     keys = [*known_keys(), *FINGERPRINTS]
     for key in config.resume_allow:
         if key not in keys:
-            yield Problem("resume_allow", f"unknown setting '{key}'", did_you_mean(key, keys))
+            yield Problem("resume_allow", f"unknown setting {shown(key)}", did_you_mean(key, keys))
