@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from mini_distill.cli import load_config, report
 from mini_distill.errors import MiniDistillError
@@ -103,6 +105,7 @@ def fork(body: Callable[[], object]) -> int:
     if child:
         return child
     code = 1
+    tqdm.set_lock(threading.RLock())  # its own is shared with the parent, which would wait for ever for a child killed holding it
     try:
         body()
         code = 0

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from faults import count_operations, killed_before_operation
+from faults import count_operations
 from runs import (
     before_step,
     checkpoint_steps,
@@ -327,9 +327,15 @@ def test_killed_while_the_result_is_written_it_ends_as_undisturbed(
     with pytest.MonkeyPatch.context() as patch:
         count_operations(seen.append, patch)
         run(tiny_command, counted)
-    assert killed_before_operation(int(share * len(seen)), lambda: run(tiny_command, folder)) == -signal.SIGKILL
+    child = fork(lambda: killed_before_operation(int(share * len(seen)), tiny_command, folder))
+    assert wait(child) == -signal.SIGKILL
     run(tiny_command, folder)
     assert digest_run(folder) == digest_run(undisturbed("plain"))
+
+
+def killed_before_operation(number: int, command: list[str], folder: Path) -> None:
+    count_operations(lambda seen: os.kill(os.getpid(), signal.SIGKILL) if seen == number else None)
+    run(command, folder)
 
 
 # ---------------------------------------------------------------------------------------------------------- damaged checkpoints
