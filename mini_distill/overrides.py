@@ -71,7 +71,8 @@ def _problems(override: Override, folders: Sequence[Path], sweep: bool) -> Itera
     if not key:
         yield _unreadable(override.input_line or "")
     elif override.is_delete() and key in GROUPS:
-        remedy = f"Choose {key}=none." if "none" in _presets(key, folders) else f"Choose one with {key}=…"
+        presets = _presets(key, folders)
+        remedy = f"Choose {key}=none." if "none" in presets else f"Choose one of {', '.join(presets)}."
         yield Problem(key, "cannot be left out (got '~')", remedy)
     elif override.is_sweep_override() and not sweep:
         yield Problem(key, f"got several values ({value}), expected one", f"Sweep with -m, or quote a text: {_quoted(key, value)}.")

@@ -1,0 +1,115 @@
+"""Settings that are each possible but not together: each relation has the smallest configuration that breaks it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mini_distill.config import build_config
+from mini_distill.errors import ConfigError
+
+SCRATCH = {"kind": "scratch", "hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 64}
+NO_TEACHER = {"teacher": {"kind": "none"}, "objective": {"kl_weight": 0}}
+
+CONTRADICTIONS: list[tuple[str, dict[str, Any], str]] = [
+    # where, settings, words of the line
+    ("teacher.path", {"teacher": {"kind": "hf"}}, "missing"),
+    ("teacher.path", {"teacher": {"path": "some/model"}}, "Choose teacher=hf"),
+    ("teacher.path", {"teacher": {"kind": "hf", "path": "/no/such/folder"}}, "no such file or folder"),
+    ("teacher.path", {"teacher": {"kind": "hf", "path": "./no_such_folder"}}, "no such file or folder"),
+    ("teacher.path", {"teacher": {"kind": "hf", "path": "a/b/c"}}, "no such file or folder"),
+    ("teacher.trust_remote_code", {"teacher": {"kind": "hf", "path": "some/model", "trust_remote_code": True}}, "revision"),
+    ("student.path", {"student": {"kind": "hf"}}, "missing"),
+    ("student.path", {"student": {"path": "some/model"}}, "Choose student=hf"),
+    ("student.path", {"student": {"kind": "hf", "path": "~/no_such_folder"}}, "no such file or folder"),
+    ("student.trust_remote_code", {"student": {"kind": "hf", "path": "some/model", "trust_remote_code": True}}, "revision"),
+    ("student.kind", {**NO_TEACHER}, "there is no teacher"),
+    ("student.tokenizer", {**NO_TEACHER, "student": SCRATCH}, "missing"),
+    ("student.tokenizer", {"student": {**SCRATCH, "tokenizer": "some/model"}}, "the teacher's"),
+    *((f"student.{name}", {"student": {name: 8}}, "mini_2m") for name in ("hidden_size", "num_heads", "num_kv_heads", "max_positions")),
+    *((f"student.{name}", {"student": {name: 0.5}}, "mini_2m") for name in ("rope_theta", "initializer_range", "dropout")),
+    ("student.intermediate_size", {"student": {"intermediate_size": 8}}, "mini_2m"),
+    ("student.tie_embeddings", {"student": {"tie_embeddings": True}}, "mini_2m"),
+    ("student.num_layers", {"student": {"kind": "hf", "path": "some/model", "num_layers": 2}}, "mini_2m"),
+    *((f"student.{name}", {"student": {**SCRATCH, name: None}}, "missing") for name in SCRATCH if name != "kind"),
+    ("student.hidden_size", {"student": {**SCRATCH, "hidden_size": 36}}, "multiple of student.num_heads=4"),
+    ("student.num_kv_heads", {"student": {**SCRATCH, "num_kv_heads": 3}}, "divisor of student.num_heads=4"),
+    *(("data.path", {"data": {"source": source}}, "missing") for source in ("text", "jsonl", "hub")),
+    *(("data.path", {"data": {"source": source, "path": "no_such_file"}}, "no such file") for source in ("text", "jsonl")),
+    ("data.eval_path", {"data": {"source": "text", "path": ".", "eval_path": "no_such_file"}}, "no such file"),
+    ("data.path", {"data": {"path": "."}}, "data=text or data=jsonl or data=hub"),
+    ("data.streaming", {"data": {"streaming": True}}, "data=hub"),
+    ("data.eval_split", {"data": {"eval_split": "test"}}, "data=hub"),
+    ("data.document_separator", {"data": {"source": "jsonl", "path": ".", "document_separator": "x"}}, "data=text"),
+    ("data.document_separator", {"data": {"source": "text", "path": ".", "document_separator": "("}}, "regular expression"),
+    ("data.mixture", {"data": {"mixture": {"a": {}}}}, "Choose data=mixture"),
+    ("data.mixture", {"data": {"source": "mixture"}}, "empty"),
+    ("data.completion_column", {"data": {"source": "jsonl", "path": ".", "prompt_column": "q"}}, "go together"),
+    ("data.prompt_column", {"data": {"source": "jsonl", "path": ".", "completion_column": "a"}}, "go together"),
+    ("data.messages_column", {"data": {"source": "jsonl", "path": ".", "text_column": "t", "messages_column": "m"}}, "data.text_column"),
+    ("data.tools_column", {"data": {"source": "jsonl", "path": ".", "tools_column": "t"}}, "data.messages_column"),
+    ("data.eval_split", {"data": {"source": "hub", "path": "some/data", "eval_path": "x/y", "eval_split": "t"}}, "data.eval_path"),
+    ("objective.kl_weight", {"objective": {"kl_weight": 0, "ce_weight": 0}}, "nothing would be learnt"),
+    ("objective.kl_weight", {"teacher": {"kind": "none"}, "student": {"kind": "hf", "path": "some/model"}}, "there is no teacher"),
+    ("objective.divergence", {"objective": {"divergence": "forward_lk"}}, "Did you mean 'forward_kl'?"),
+    ("objective.divergence", {"objective": {"divergence": "zzz"}}, "Known: forward_kl, reverse_kl"),
+    ("objective.divergence_options.jsd_bta", {"objective": {"divergence": "jsd", "divergence_options": {"jsd_bta": 0.5}}}, "'jsd_beta'"),
+    ("objective.divergence_options.jsd_beta", {"objective": {"divergence_options": {"jsd_beta": 0.5}}}, "forward_kl takes no options"),
+    ("trainer.warmup_steps", {"trainer": {"max_steps": 5, "warmup_steps": 5}}, "less than trainer.max_steps=5"),
+    ("trainer.export", {"trainer": {"export": "best"}}, "trainer.eval_every"),
+    ("teacher.attn_implementation", {"teacher": {"attn_implementation": "flash_attention_2"}}, "trainer.micro_batch_size=1"),
+    ("student.attn_implementation", {"student": {"attn_implementation": "flash_attention_2"}}, "trainer.micro_batch_size=1"),
+    ("resume", {"resume": "/no/such/checkpoint"}, "auto, never or a checkpoint folder"),
+    ("resume_allow", {"resume_allow": ["trainer.max_step"]}, "Did you mean 'trainer.max_steps'?"),
+]
+
+
+@pytest.mark.parametrize(
+    ("where", "settings", "words"), CONTRADICTIONS, ids=[f"{i}-{where}" for i, (where, *_) in enumerate(CONTRADICTIONS)]
+)
+def test_what_does_not_fit_together_is_one_line(where: str, settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        build_config(settings)
+    (problem,) = raised.value.problems
+    assert problem.where == where
+    assert words in str(problem)
+
+
+GOOD: list[dict[str, Any]] = [
+    {"teacher": {"kind": "hf", "path": "some/model", "trust_remote_code": True, "revision": "abc"}},
+    {"teacher": {"kind": "hf", "path": ".", "trust_remote_code": True}},  # a folder: one's own code
+    {**NO_TEACHER, "student": {**SCRATCH, "tokenizer": "some/model"}},
+    {"student": {**SCRATCH, "num_kv_heads": 2}},
+    {"student": {"num_layers": 3}},
+    {"data": {"source": "text", "path": "./no/such/*.txt"}},  # a glob is looked at when it is read
+    {"data": {"source": "jsonl", "path": ".", "prompt_column": "q", "completion_column": "a"}},
+    {"data": {"source": "jsonl", "path": ".", "messages_column": "m", "tools_column": "t"}},
+    {"data": {"source": "hub", "path": "some/data", "streaming": True, "eval_split": "test"}},
+    {"data": {"source": "my_package.Source", "path": "anything", "split": "mine"}},
+    {"objective": {"divergence": "my_package.divergence", "divergence_options": {"anything": 1}}},
+    {"objective": {"kl_weight": 0}},
+    {"trainer": {"export": "best", "eval_every": 10}},
+    {"trainer": {"micro_batch_size": 1}, "student": {"attn_implementation": "flash_attention_2"}},
+    {"resume_allow": ["trainer.max_steps", "data", "tokenizer", "global_batch_size"]},
+    {"resume": "."},
+]
+
+
+@pytest.mark.parametrize("settings", GOOD, ids=str)
+def test_what_fits_together_is_let_through(settings: dict[str, Any]) -> None:
+    build_config(settings)
+
+
+def test_contradictions_of_several_groups_are_reported_together() -> None:
+    settings = {"teacher": {"kind": "hf"}, "data": {"source": "text"}, "trainer": {"max_steps": 1}, "objective": {"divergence": "kl"}}
+    with pytest.raises(ConfigError) as raised:
+        build_config(settings)
+    assert {p.where for p in raised.value.problems} == {"teacher.path", "data.path", "trainer.warmup_steps", "objective.divergence"}
+
+
+def test_a_misspelt_path_names_the_near_one(tmp_path: Path) -> None:
+    (tmp_path / "stories.txt").touch()
+    with pytest.raises(ConfigError, match=r"Did you mean '.*stories\.txt'\?"):
+        build_config({"data": {"source": "text", "path": str(tmp_path / "storys.txt")}})
