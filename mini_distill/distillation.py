@@ -18,15 +18,15 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .config import Config, ObjectiveConfig
+from .config import Config, ObjectiveConfig, TeacherConfig
 from .data.loader import TrainingBatches, evaluation_batches
 from .data.prepare import PreparedData, prepare_data
-from .data.tokenizers import check_same_tokenizer, tokenizer_fingerprint
+from .data.tokenizers import check_same_tokenizer, tokenizer_fingerprint, vocabulary_size
 from .errors import ConfigError, DistributedError, MiniDistillError, ModelError
 from .evaluation.evaluator import Evaluator
 from .losses import divergences
 from .losses.objective import Objective
-from .models.head import LanguageModel
+from .models.head import LanguageModel, embedding_rows
 from .models.identity import weights_fingerprint
 from .models.loading import embedded_path, load_causal_lm, load_tokenizer
 from .students.build import build_student
@@ -134,7 +134,13 @@ class Distillation:
             self.checkpoints.save(
                 step,
                 {"model": self.student_model.state_dict(), "optimizer": optimizer_tensors},
-                {"step": step, "optimizer": optimizer_state, "best": self.best, "tokens_seen": self.tokens_seen, "fingerprints": self.fingerprints},
+                {
+                    "step": step,
+                    "optimizer": optimizer_state,
+                    "best": self.best,
+                    "tokens_seen": self.tokens_seen,
+                    "fingerprints": self.fingerprints,
+                },
                 best=self.best.get("step") == step,
             )
             self.run.set_step(step)
@@ -232,7 +238,7 @@ def prepare(config: Config, run: RunFolder, tracker: Tracker) -> Distillation:
             num_workers=config.data.num_workers,
             pin_memory=accelerator.device.type == "cuda",
         ),
-        objective=build_objective(config.objective, objective_function, len(tokenizer)),
+        objective=build_objective(config.objective, objective_function, vocabulary_size(tokenizer)),
         optimizer=build_optimizer(language_model, trainer),
         evaluator=build_evaluator(config, accelerator, data, teacher_model, tokenizer, run.path),
         checkpoints=checkpoints,
@@ -278,7 +284,7 @@ def load_teacher(config: Config, device: torch.device) -> PreTrainedModel | None
         return None
     dtype = teacher.dtype if teacher.dtype != "auto" else ("float32" if device.type == "cpu" else "bfloat16")
     model = load_causal_lm(
-        str(embedded_path()) if teacher.kind == "embedded" else teacher.path,
+        teacher_path(teacher),
         revision=teacher.revision,
         dtype=dtype,
         attn_implementation=teacher.attn_implementation,
@@ -286,7 +292,15 @@ def load_teacher(config: Config, device: torch.device) -> PreTrainedModel | None
         gated=teacher.gated,
         where="teacher.path",
     )
-    return model.to(device if teacher.device == "auto" else teacher.device)
+    model.to(torch.device(device if teacher.device == "auto" else teacher.device))  # type: ignore[arg-type]
+    return model
+
+
+def teacher_path(teacher: TeacherConfig) -> str:
+    """Folder or hub id of a teacher that there is."""
+    path = str(embedded_path()) if teacher.kind == "embedded" else teacher.path
+    assert path is not None
+    return path
 
 
 def load_shared_tokenizer(config: Config) -> PreTrainedTokenizerBase:
@@ -298,11 +312,13 @@ def load_shared_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     teacher, student = config.teacher, config.student
     own = None
     if student.kind == "hf":
+        assert student.path is not None
         own = load_tokenizer(student.path, revision=student.revision, trust_remote_code=student.trust_remote_code, where="student.path")
     if teacher.kind == "none":
-        return own if own is not None else load_tokenizer(student.tokenizer, where="student.tokenizer")
-    path = str(embedded_path()) if teacher.kind == "embedded" else teacher.path
-    tokenizer = load_tokenizer(path, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code, where="teacher.path")
+        return own if own is not None else load_tokenizer(str(student.tokenizer), where="student.tokenizer")
+    tokenizer = load_tokenizer(
+        teacher_path(teacher), revision=teacher.revision, trust_remote_code=teacher.trust_remote_code, where="teacher.path"
+    )
     if own is not None:
         check_same_tokenizer(tokenizer, own, where="student.path")
     return tokenizer
@@ -310,8 +326,11 @@ def load_shared_tokenizer(config: Config) -> PreTrainedTokenizerBase:
 
 def check_vocabulary(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
     """Every token of the tokenizer needs an embedding; more embeddings than tokens (padding) are fine."""
-    if model is not None and (rows := model.get_input_embeddings().weight.shape[0]) < len(tokenizer):
-        raise ModelError(f"{where}.path", f"the tokenizer has {len(tokenizer)} tokens, the model embeds {rows}", "Use the model's own tokenizer.")
+    size = vocabulary_size(tokenizer)
+    if model is not None and (rows := embedding_rows(model)) < size:
+        raise ModelError(
+            f"{where}.path", f"the tokenizer has ids up to {size - 1}, the model embeds {rows}", "Use the model's own tokenizer."
+        )
 
 
 def ready_to_train(language_model: LanguageModel, config: Config, accelerator: Accelerator) -> nn.Module:
@@ -335,7 +354,9 @@ def load_divergence(config: ObjectiveConfig) -> Callable[..., Tensor]:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise ConfigError("objective.divergence", f"cannot import '{config.divergence}' ({error})", "Give package.module.function.") from error
+        raise ConfigError(
+            "objective.divergence", f"cannot import '{config.divergence}' ({error})", "Give package.module.function."
+        ) from error
 
 
 def build_objective(config: ObjectiveConfig, divergence: Callable[..., Tensor], vocab_size: int) -> Objective:

@@ -10,11 +10,13 @@ from typing import Any
 from transformers import GenerationConfig
 
 from .data.loader import evaluation_batches
+from .data.tokenizers import vocabulary_size
 from .distillation import Distillation
 from .evaluation.model_card import CardFacts, write_model_card
 from .evaluation.samples import Sample, format_samples
 from .evaluation.speed import forward_tokens_per_second, num_parameters
 from .evaluation.table import build_summary, format_table
+from .models.head import embedding_rows
 from .models.loading import quiet
 from .storage import atomic_folder
 
@@ -87,8 +89,7 @@ def write_student(d: Distillation, facts: CardFacts) -> None:
 def generation_config(d: Distillation) -> GenerationConfig:
     """The student's own, kept from writing the padding columns of a padded vocabulary, which no loss ever trained."""
     config = d.student_model.generation_config or GenerationConfig()
-    rows = d.student_model.get_input_embeddings().weight.shape[0]
-    padding = list(range(len(d.tokenizer), rows))
+    padding = list(range(vocabulary_size(d.tokenizer), embedding_rows(d.student_model)))
     if padding:
         config.suppress_tokens = padding
     return config

@@ -19,6 +19,7 @@ from functools import partial
 from time import perf_counter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .config import Config
@@ -102,7 +103,9 @@ def optimizer_step(d: Distillation, micro_batches: list[Batch], step: int, stop_
     Raises:
         NumericsError: loss or gradient is not finite on any process; the student is not updated.
     """
-    num_valid_tokens, stop_now = d.agree_on(sum(count_valid_tokens(batch.labels) for batch in micro_batches), stop_requested)
+    num_valid_tokens, stop_now = d.agree_on(
+        torch.stack([count_valid_tokens(batch.labels) for batch in micro_batches]).sum(), stop_requested
+    )
 
     autocast = d.accelerator.autocast
     sums: dict[str, Tensor] = {}
@@ -150,4 +153,3 @@ def distill_step(
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
-

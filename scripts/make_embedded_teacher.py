@@ -27,7 +27,13 @@ from mini_distill.train import train
 
 VOCABULARY = 4096
 END_OF_TEXT = "<|endoftext|>"
-SHAPE = ["student.hidden_size=192", "student.num_layers=10", "student.num_heads=3", "student.num_kv_heads=1", "student.intermediate_size=512"]
+SHAPE = [
+    "student.hidden_size=192",
+    "student.num_layers=10",
+    "student.num_heads=3",
+    "student.num_kv_heads=1",
+    "student.intermediate_size=512",
+]
 
 CARD = """---
 license: apache-2.0
@@ -98,9 +104,7 @@ def make_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     texts = (row.columns["text"] for row in training_rows(DataConfig(source="python_stdlib")))
     tokenizer.train_from_iterator(texts, trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT).save_pretrained(folder)
@@ -125,7 +129,7 @@ def train_teacher(run_folder: Path, arguments: argparse.Namespace, passes: float
             f"output_dir={run_folder}",
         ]
     )
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(config.student.tokenizer or config.student.path)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(config.student.tokenizer or config.student.path))
     tokens = prepare_data(config.data, tokenizer).report["train_supervised_tokens"]
     steps = math.ceil(passes * tokens / (config.trainer.micro_batch_size * config.data.seq_len))
     config.trainer = dataclasses.replace(config.trainer, max_steps=steps, num_threads=arguments.threads)

@@ -31,7 +31,9 @@ def own_imports(file: Path) -> Iterator[str]:
     """`losses.objective` for every import of a module of the package that runs, resolved to its path within it."""
     parts = file.relative_to(PACKAGE).with_suffix("").parts
     tree = ast.parse(file.read_text(encoding="utf-8"))
-    for_types_only = {id(n) for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) for n in ast.walk(node)}
+    for_types_only = {
+        id(n) for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) for n in ast.walk(node)
+    }
     for node in ast.walk(tree):
         if id(node) in for_types_only:
             continue
@@ -73,7 +75,17 @@ def test_the_walk_sees_imports() -> None:
 
 def test_losses_import_torch_only() -> None:
     for file in (PACKAGE / "losses").glob("*.py"):
-        assert foreign_imports(file) <= {"__future__", "torch", "math", "collections", "dataclasses", "typing", "ast", "functools", "pathlib"}, file.name
+        assert foreign_imports(file) <= {
+            "__future__",
+            "torch",
+            "math",
+            "collections",
+            "dataclasses",
+            "typing",
+            "ast",
+            "functools",
+            "pathlib",
+        }, file.name
 
 
 def test_configuration_needs_no_torch() -> None:

@@ -21,6 +21,11 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The highest token id plus one: the real columns of the logits. Vocabularies may have holes, so it is not their length."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def check_same_tokenizer(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, where: str = "student.path") -> None:
     """Teacher and student must give every token the same id; sizes prove nothing, neither equal nor different ones.
 

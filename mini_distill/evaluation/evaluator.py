@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..config import EvaluationConfig
 from ..data.batch import Batch
+from ..data.tokenizers import vocabulary_size
 from ..errors import DataError
 from ..losses.reduction import loss_mask, supervised_targets
 from ..models.head import LanguageModel
@@ -124,10 +125,17 @@ class Evaluator:
     def _real_vocab(self, *models: LanguageModel | None) -> int:
         """Columns of the logits that are tokens for everybody: the rest pads an embedding to a round size."""
         sizes = [model.model.config.get_text_config().vocab_size for model in models if model is not None]
-        return min(len(self.tokenizer), *sizes)
+        return min(vocabulary_size(self.tokenizer), *sizes)
 
     def _progress(self, batches: Iterable[Batch]) -> Iterable[Batch]:
-        return tqdm(batches, desc="evaluating", unit="batch", total=self.config.max_batches, leave=False, disable=None if self.show_progress else True)
+        return tqdm(
+            batches,
+            desc="evaluating",
+            unit="batch",
+            total=self.config.max_batches,
+            leave=False,
+            disable=None if self.show_progress else True,
+        )
 
     def _context(self, student: PreTrainedModel, step: int) -> EvaluationContext:
         return EvaluationContext(student, self.teacher, self.tokenizer, step, self.batches, self.device, self.output_dir, self.gather_sum)

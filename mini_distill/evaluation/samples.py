@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from ..config import EvaluationConfig
+from ..data.tokenizers import vocabulary_size
 from .isolation import without_side_effects
 
 PROMPT_TOKENS = 24
@@ -77,7 +78,7 @@ def _continue(model: Any, tokenizer: Any, prompt_ids: list[int], config: Evaluat
     settings = _generation_config(model, tokenizer, config, min(config.sample_tokens, longest - len(prompt_ids)))
     with without_side_effects(model), _generating_with(model, settings):
         torch.manual_seed(seed)  # generate() knows no generator of its own; the global one is put back on leaving
-        real_tokens = LogitsProcessorList([OnlyRealTokens(len(tokenizer))])
+        real_tokens = LogitsProcessorList([OnlyRealTokens(vocabulary_size(tokenizer))])
         written = model.generate(ids, attention_mask=torch.ones_like(ids), logits_processor=real_tokens)[0].tolist()
     before, after = _decode(tokenizer, prompt_ids), _decode(tokenizer, written)
     # decoded as a whole, because some tokenizers drop the leading space of a piece

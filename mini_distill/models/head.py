@@ -6,6 +6,8 @@ nobody looks at. Axes: B batch, S sequence, N supervised positions of the batch,
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -52,6 +54,11 @@ class OutputHead:
         return logits
 
 
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Rows of the input embedding: at least the tokens, often padded beyond them."""
+    return cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
+
+
 class LanguageModel(nn.Module):
     """A causal LM that answers a batch with hidden states or logits at its supervised positions only.
 
@@ -95,4 +102,8 @@ class LanguageModel(nn.Module):
         self.model.train(training)
         if not torch.allclose(own.float(), ours.float(), rtol=1e-3, atol=1e-3 * max(1.0, own.float().abs().max().item())):
             worst = (own.float() - ours.float()).abs().max().item()
-            raise ModelError(where, f"{type(self.model).__name__} changes its logits in a way that is not known here (worst difference {worst:.3g})", "Use another architecture.")
+            raise ModelError(
+                where,
+                f"{type(self.model).__name__} changes its logits in a way that is not known here (worst difference {worst:.3g})",
+                "Use another architecture.",
+            )

@@ -28,7 +28,9 @@ def embedded_path() -> Path:
     return folder
 
 
-def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code: bool = False, where: str = "teacher.path") -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    path: str, *, revision: str | None = None, trust_remote_code: bool = False, where: str = "teacher.path"
+) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder or a hub repository.
 
     Raises:
@@ -36,10 +38,17 @@ def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code:
     """
     folder = Path(path).expanduser()
     if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
-        raise ModelError(where, f"no tokenizer in '{path}' (expected {', '.join(TOKENIZER_FILES[:3])})", "Save it there: tokenizer.save_pretrained(folder).")
+        raise ModelError(
+            where,
+            f"no tokenizer in '{path}' (expected {', '.join(TOKENIZER_FILES[:3])})",
+            "Save it there: tokenizer.save_pretrained(folder).",
+        )
     with _library_errors(where, path, gated=False), quiet():
         return AutoTokenizer.from_pretrained(
-            str(folder) if folder.is_dir() else path, revision=revision, trust_remote_code=trust_remote_code, local_files_only=folder.is_dir()
+            str(folder) if folder.is_dir() else path,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            local_files_only=folder.is_dir(),
         )
 
 
@@ -92,11 +101,19 @@ def _check_weights(info: Mapping[str, Any], path: str, where: str) -> None:
     """Refuse what transformers would fill with random numbers and only warn about."""
     wrong = [f"{name} is {list(stored)}, expected {list(expected)}" for name, stored, expected in sorted(info["mismatched_keys"])]
     if wrong:
-        raise ModelError(where, f"{len(wrong)} weights in '{path}' have another size than config.json says ({_some(wrong)})", "Give the config.json that belongs to them.")
+        raise ModelError(
+            where,
+            f"{len(wrong)} weights in '{path}' have another size than config.json says ({_some(wrong)})",
+            "Give the config.json that belongs to them.",
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         untied = any("lm_head" in name or "embed_out" in name for name in missing) and len(missing) == 1
-        remedy = "If its head is its embedding, set tie_word_embeddings to true in config.json." if untied else "It is incomplete, or of another architecture."
+        remedy = (
+            "If its head is its embedding, set tie_word_embeddings to true in config.json."
+            if untied
+            else "It is incomplete, or of another architecture."
+        )
         raise ModelError(where, f"the checkpoint in '{path}' lacks {len(missing)} of the model's weights ({_some(missing)})", remedy)
 
 
@@ -139,7 +156,11 @@ def _check_weight_files(folder: Path, where: str) -> None:
             raise ModelError(where, f"'{folder}' lacks {len(absent)} of {len(shards)} weight files ({_some(absent)})", "Download the rest.")
     if not files:
         if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
-            raise ModelError(where, f"'{folder}' holds pickled weights only, and a pickle can run code", "Convert them: model.save_pretrained(folder) writes safetensors.")
+            raise ModelError(
+                where,
+                f"'{folder}' holds pickled weights only, and a pickle can run code",
+                "Convert them: model.save_pretrained(folder) writes safetensors.",
+            )
         raise ModelError(where, f"no weights in '{folder}' (expected model.safetensors)", "Give the folder that save_pretrained wrote.")
     for file in files:
         try:
@@ -164,7 +185,9 @@ def _library_errors(where: str, path: str, gated: bool) -> Iterator[None]:
             remedy = f"Accept the licence on the repository's page and log in (hf auth login, or HF_TOKEN). {OFFLINE}"
             raise ModelError(where, f"cannot load the gated repository '{path}' ({one_line(error)})", remedy) from error
         if any(isinstance(e, RepositoryNotFoundError | HFValidationError) for e in chain):
-            raise ModelError(where, f"'{path}' is neither a folder nor a repository on the hub", "Check the spelling; a private one needs hf auth login.") from error
+            raise ModelError(
+                where, f"'{path}' is neither a folder nor a repository on the hub", "Check the spelling; a private one needs hf auth login."
+            ) from error
         if "trust_remote_code" in str(error):
             raise _own_code(where, path) from error
         if isinstance(error, OSError) and not Path(path).expanduser().is_dir():

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
-from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import StudentConfig
+from ..data.tokenizers import vocabulary_size
 from ..errors import ConfigError
+from ..models.head import embedding_rows
 from ..models.loading import load_causal_lm, one_line
 from .initialise import from_teacher_layers
 
@@ -58,7 +57,11 @@ def _set_attention(student: PreTrainedModel, name: str) -> None:
     try:
         student.set_attn_implementation(name)
     except (ValueError, ImportError) as error:
-        raise ConfigError("student.attn_implementation", f"'{name}' cannot be had for {type(student).__name__} ({one_line(error)})", "sdpa or eager need nothing.") from error
+        raise ConfigError(
+            "student.attn_implementation",
+            f"'{name}' cannot be had for {type(student).__name__} ({one_line(error)})",
+            "sdpa or eager need nothing.",
+        ) from error
 
 
 def from_scratch(
@@ -92,5 +95,5 @@ def from_scratch(
 def _embedding_rows(teacher: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase) -> int:
     """As many as the teacher has, so that the logits line up; else the tokens, rounded up to what kernels like."""
     if teacher is not None:
-        return cast(nn.Embedding, teacher.get_input_embeddings()).weight.shape[0]
-    return -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        return embedding_rows(teacher)
+    return -(-vocabulary_size(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE

@@ -74,5 +74,9 @@ def _blocks_prefix(model: PreTrainedModel) -> str:
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == of]
     outermost = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
     if len(outermost) != 1:
-        raise ModelError("student.kind", f"cannot tell which list of {type(model).__name__} holds its {of} blocks", "Use student=mini_2m or another preset.")
+        raise ModelError(
+            "student.kind",
+            f"cannot tell which list of {type(model).__name__} holds its {of} blocks",
+            "Use student=mini_2m or another preset.",
+        )
     return outermost[0] + "."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -54,14 +55,13 @@ def check_finite(
         bad = d.accelerator.reduce(bad, "sum")
     if bad.item() == 0:
         return
-    names = [name for name, value in zip([*sums, "gradient norm"], values.tolist(), strict=True) if not _is_finite(value)]
-    what = f"{', '.join(names)} not finite" if names else "another process met a loss or gradient that is not finite"
-    rows = _rows(d, micro_batches, row_loss)
-    raise NumericsError(
-        f"step {step}",
-        f"{what} (rows {rows}); the student was not updated",
-        "Lower trainer.learning_rate, set trainer.max_grad_norm, use trainer.precision=fp32, or look at these rows.",
-    )
+    names = [name for name, value in zip([*sums, "gradient norm"], values.tolist(), strict=True) if not math.isfinite(value)]
+    if names:
+        what = f"{', '.join(names)} not finite (rows {_rows(d, micro_batches, row_loss)})"
+    else:
+        what = "loss or gradient of another process not finite"
+    remedy = "Lower trainer.learning_rate, set trainer.max_grad_norm, use trainer.precision=fp32, or look at these rows."
+    raise NumericsError(f"step {step}", f"{what}; the student was not updated", remedy)
 
 
 @contextmanager
@@ -113,10 +113,6 @@ def _rows(d: Distillation, micro_batches: list[Batch], row_loss: Callable[[Batch
     rows = [row for batch in micro_batches for row in batch.split_rows()]
     suspects = [int(row.row_ids) for row in rows if not torch.isfinite(row_loss(row).loss)]
     everyone = [int(row.row_ids) for row in rows]
-    rows = suspects or everyone
-    names = [name for row in rows[:limit] for name in d.data.train.origins(row)[:2]]
-    return ", ".join(names) + (f" and {len(rows) - limit} more" if len(rows) > limit else "")
-
-
-def _is_finite(value: float) -> bool:
-    return value == value and abs(value) != float("inf")
+    guilty = suspects or everyone
+    names = [name for number in guilty[:limit] for name in d.data.train.origins(number)[:2]]
+    return ", ".join(names) + (f" and {len(guilty) - limit} more" if len(guilty) > limit else "")

@@ -32,9 +32,7 @@ def test_the_prompts_are_beginnings_of_held_out_documents(tiny_tokenizer: Any, t
     assert [sample.prompt for sample in samples] == [f"{i} once upon a time there was a little model"[:PROMPT_TOKENS] for i in range(3)]
 
 
-def test_prompts_of_the_configuration_come_first_and_a_missing_teacher_is_left_out(
-    tiny_tokenizer: Any, tiny_llama: Any, rows: Any
-) -> None:
+def test_prompts_of_the_configuration_come_first_and_a_missing_teacher_is_left_out(tiny_tokenizer: Any, tiny_llama: Any, rows: Any) -> None:
     config = EvaluationConfig(prompts=["hello", "", "never used"], num_samples=2, sample_tokens=4)
     samples = side_by_side(config, tiny_tokenizer, {"teacher": None, "student": tiny_llama()}, rows, seed=0)
     assert [sample.prompt for sample in samples] == ["hello", ""]

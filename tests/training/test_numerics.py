@@ -24,7 +24,11 @@ def test_memory_that_is_not_there_is_one_line_with_ordered_remedies(error: Excep
     assert caught.value.exit_code == 9
     line = str(caught.value.problems[0])
     assert line.startswith("step 7: out of memory with 16 sequences of 256 tokens") and "\n" not in line
-    assert line.index("micro_batch_size") < line.index("gradient_checkpointing") < line.index("seq_len=" if "seq_len=" in line else "data.seq_len")
+    assert (
+        line.index("micro_batch_size")
+        < line.index("gradient_checkpointing")
+        < line.index("seq_len=" if "seq_len=" in line else "data.seq_len")
+    )
 
 
 def test_other_errors_stay_what_they_are() -> None:
