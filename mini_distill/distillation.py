@@ -101,13 +101,12 @@ class Distillation:
         return TrainingProgress(self.config.trainer.max_steps, last_step + 1, self.accelerator.is_main_process)
 
     def agree_on(self, count: Tensor, flag: bool) -> tuple[Tensor, bool]:
-        """The sum of `count` over processes (at least 1, so that an empty step divides nothing by zero), and whether any
-        process raised `flag`. One exchange for both."""
+        """The sum of `count` over processes , and whether any process raised `flag`. One exchange for both."""
         if self.accelerator.num_processes == 1:
-            return count.clamp(min=1), flag
+            return count, flag
         both = torch.stack([count.double(), torch.tensor(float(flag), dtype=torch.float64, device=count.device)])
         total = self.accelerator.reduce(both, "sum")
-        return total[0].clamp(min=1), bool(total[1].item() > 0)
+        return total[0], bool(total[1].item() > 0)
 
     # -------------------------------------------------------------------------------------------------- saving and going on
 

@@ -107,6 +107,7 @@ def optimizer_step(d: Distillation, micro_batches: list[Batch], step: int, stop_
         torch.stack([count_valid_tokens(batch.labels) for batch in micro_batches]).sum(), stop_requested
     )
 
+    divisor = num_valid_tokens.clamp(min=1)  # a step with nothing supervised divides nothing by zero
     autocast = d.accelerator.autocast
     sums: dict[str, Tensor] = {}
     for micro_step, batch in enumerate(micro_batches):
@@ -114,7 +115,7 @@ def optimizer_step(d: Distillation, micro_batches: list[Batch], step: int, stop_
         with nullcontext() if is_last else d.accelerator.no_sync(d.student):  # gradients are exchanged once a step
             result = distill_step(d.student, d.teacher, batch, d.objective, autocast)
             # DDP averages gradients over processes; the sum is meant.
-            d.accelerator.backward(result.loss * d.accelerator.num_processes / num_valid_tokens)
+            d.accelerator.backward(result.loss * d.accelerator.num_processes / divisor)
         add_terms(sums, result)
 
     grad_norm = clip_gradient(d.student, d.config.trainer.max_grad_norm)

@@ -47,7 +47,8 @@ def compare_fingerprints(saved: Mapping[str, Any], current: Mapping[str, Any], a
     harmless = [f"config.{name}" for name in HARMLESS]
     allowed = [*harmless, *allow, *(f"config.{name}" for name in allow)]
     refused = [key for key in differing if not any(_covers(name, key) for name in allowed)]
-    refused = [key for key in refused if f"config.{key}" not in refused]  # seq_len, say, is a setting and a property of the data
+    twice = [key for key in refused if (old.get(key), new.get(key)) == (old.get(f"config.{key}", ABSENT), new.get(f"config.{key}", ABSENT))]
+    refused = [key for key in refused if key not in twice]  # seq_len, say, is a setting and a property of the data
     if refused:
         raise ConfigError.from_problems(_problem(key, old.get(key, ABSENT), new.get(key, ABSENT)) for key in refused)
 

@@ -98,7 +98,7 @@ def step_metrics(d: Distillation, sums: dict[str, Tensor], grad_norm: Tensor, nu
     values = torch.stack([v.double() for v in sums.values()])
     if d.accelerator.num_processes > 1:
         values = d.accelerator.reduce(values, "sum")
-    means = (values / num_valid_tokens).tolist()
+    means = (values / num_valid_tokens.clamp(min=1)).tolist()
     return {
         **{f"train/{name}": value for name, value in zip(sums, means, strict=True)},
         "train/grad_norm": grad_norm.item(),
