@@ -123,6 +123,16 @@ def test_never_negative(divergence: Callable[..., Tensor], noise: float) -> None
     assert divergence(student.double(), teacher.double()).min() > 0
 
 
+def test_the_gradient_near_equality_is_not_clamped_away(divergence: Callable[..., Tensor]) -> None:
+    """A value that rounding makes negative, clamped to 0, loses its gradient (verl#7856)."""
+    teacher = logits(50, 100, dtype=torch.float32)
+    student = (teacher + 1e-4 * logits(50, 100, seed=1, dtype=torch.float32)).requires_grad_()
+    exact = student.detach().double().requires_grad_()
+    (gradient,) = torch.autograd.grad(divergence(student, teacher).sum(), student)
+    (expected,) = torch.autograd.grad(divergence(exact, teacher.double()).sum(), exact)
+    assert ((gradient - expected).norm(dim=-1) / expected.norm(dim=-1)).max() < 0.05
+
+
 def test_a_constant_added_to_the_logits_changes_nothing(divergence: Callable[..., Tensor]) -> None:
     student, teacher = logits(4, 9), logits(4, 9, seed=1)
     torch.testing.assert_close(divergence(student + 7, teacher - 3), divergence(student, teacher))

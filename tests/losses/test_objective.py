@@ -125,6 +125,13 @@ def test_padding_columns_of_a_vocabulary_change_nothing(padded: str) -> None:
     assert wide_student.grad is not None and not wide_student.grad[:, VOCAB:].any()
 
 
+def test_vocabularies_of_unexplained_widths_are_not_cut_to_fit() -> None:
+    """Filled up with the other model's logits (ms-swift), or cut to the narrower one: only the tokenizer says what is padding."""
+    student, teacher, targets = batch()
+    with pytest.raises(RuntimeError):
+        Objective(forward_kl, "forward_kl")(student, torch.cat([teacher, teacher[:, :2]], 1), targets)
+
+
 def test_without_weight_the_teacher_is_not_looked_at() -> None:
     student, _, targets = batch()
     objective = Objective(None, "forward_kl", kl_weight=0.0, ce_weight=1.0)

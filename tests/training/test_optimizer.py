@@ -65,6 +65,10 @@ def test_it_never_rises_after_the_warm_up_and_ends_at_the_floor(schedule: str) -
         assert rates[-1] == pytest.approx(0.5), settings
 
 
+def test_wsd_decays_after_the_warm_up_also_when_that_is_long() -> None:
+    assert [learning_rate(step, trainer("wsd", warmup_steps=100)) for step in (100, 105, 110)] == pytest.approx([2.0, 1.25, 0.5])
+
+
 def test_no_step_is_wasted_at_zero() -> None:
     """A schedule counted from 0 makes the first step with learning rate 0."""
     for schedule in (*FALLING, "constant"):
