@@ -226,8 +226,9 @@ def test_with_temperature_squared_the_gradient_keeps_its_size(divergence: Callab
     assert max(sizes) / min(sizes) < 1.05
 
 
-def test_jsd_equals_that_of_trl() -> None:
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_jsd_equals_that_of_trl(beta: float) -> None:
     gkd = pytest.importorskip("trl.experimental.gkd", reason="TRL is not installed")
     student, teacher = logits(2, 3, 7, dtype=torch.float32), logits(2, 3, 7, seed=1, dtype=torch.float32)
-    theirs = gkd.GKDTrainer.generalized_jsd_loss(student, teacher, beta=0.3, reduction="sum")
-    torch.testing.assert_close(divergences.jsd(student, teacher, jsd_beta=0.3).sum(), theirs)
+    theirs = gkd.GKDTrainer.generalized_jsd_loss(student, teacher, beta=beta, temperature=2.0, reduction="sum")
+    torch.testing.assert_close(divergences.jsd(student, teacher, 2.0, jsd_beta=beta).sum(), theirs)
