@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from mini_distill.cli import load_config, run_command
 from mini_distill.errors import ConfigError
 
 TASK = """
-import os, signal
+import os, signal, time
 from pathlib import Path
 from mini_distill.errors import DataError, Preempted
 
@@ -31,9 +32,9 @@ def task(config):
     if config.seed == 99:
         raise RuntimeError("our own bug")
     if config.seed == 130:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started us in the background
         os.kill(os.getpid(), signal.SIGINT)
-        while True:
-            pass
+        time.sleep(20)
 """
 
 
@@ -211,7 +212,11 @@ def test_our_own_bug_keeps_its_traceback(command: Callable[..., Ended]) -> None:
 
 
 def test_an_interrupt_before_anything_is_130(command: Callable[..., Ended]) -> None:
-    ended = command("seed=130")
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        ended = command("seed=130")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (ended.code, ended.lines) == (130, ["error: interrupted before there was anything to save."])
 
 
