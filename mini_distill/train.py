@@ -27,6 +27,7 @@ from .data.batch import Batch
 from .distillation import Distillation, open_run, prepare
 from .losses.objective import Objective, ObjectiveSums
 from .losses.reduction import count_valid_tokens, supervised_targets
+from .models.head import output_head
 from .result import already_finished, write_result
 from .teachers.online import OnlineTeacher
 from .training.numerics import add_terms, check_finite, clip_gradient, memory_errors, step_metrics
@@ -109,17 +110,18 @@ def optimizer_step(d: Distillation, micro_batches: list[Batch], step: int, stop_
 
     divisor = num_valid_tokens.clamp(min=1)  # a step with nothing supervised divides nothing by zero
     autocast = d.accelerator.autocast
+    objective = d.objective.at_step(step)  # its weights can have a schedule
     sums: dict[str, Tensor] = {}
     for micro_step, batch in enumerate(micro_batches):
         is_last = micro_step == len(micro_batches) - 1
         with nullcontext() if is_last else d.accelerator.no_sync(d.student):  # gradients are exchanged once a step
-            result = distill_step(d.student, d.teacher, batch, d.objective, autocast)
+            result = distill_step(d.student, d.teacher, batch, objective, autocast)
             # DDP averages gradients over processes; the sum is meant.
             d.accelerator.backward(result.loss * d.accelerator.num_processes / divisor)
         add_terms(sums, result)
 
     grad_norm = clip_gradient(d.student, d.config.trainer.max_grad_norm)
-    row_loss = partial(distill_step, d.language_model, d.teacher, objective=d.objective, autocast=autocast)
+    row_loss = partial(distill_step, d.language_model, d.teacher, objective=objective, autocast=autocast)
     check_finite(d, sums, grad_norm, micro_batches, step, row_loss)  # the one synchronisation point of the step
 
     set_learning_rate(d.optimizer, learning_rate(step, d.config.trainer))
@@ -147,9 +149,10 @@ def distill_step(
         Sums over the batch's supervised tokens, not yet divided by their number.
     """
     with autocast():
-        teacher_logits = teacher(batch).logits() if teacher is not None and objective.needs_teacher else None  # (supervised, vocab)
-        student_logits = student(batch)  # (supervised, vocab)
-    return objective(student_logits, teacher_logits, supervised_targets(batch.labels))
+        teacher_targets = teacher(batch) if teacher is not None and objective.needs_teacher else None  # (supervised, teacher hidden)
+        student_hidden = student(batch)  # (supervised, hidden)
+        # From here both distributions are made and compared a few tokens at a time: losses/divergences.py has the formulas.
+        return objective.fused(student_hidden, output_head(student), teacher_targets, supervised_targets(batch.labels))
 
 
 def _due(step: int, every: int | None) -> bool:

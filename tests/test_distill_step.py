@@ -102,14 +102,15 @@ def loop_loss(student: PreTrainedModel, teacher: PreTrainedModel, batch: Batch, 
     """The objective's definition, position by position, from the models' own full logits."""
     own = [model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits for model in (student, teacher)]
     total = torch.zeros((), dtype=own[0].dtype)
+    (term,) = objective.divergences
     for row in range(len(batch)):
         for at in range(batch.labels.shape[1] - 1):
             target = int(batch.labels[row, at + 1])
             if target == IGNORE_INDEX:
                 continue
-            soft_q, soft_p = (torch.softmax(logits[row, at] / objective.temperature, -1) for logits in own)
+            soft_q, soft_p = (torch.softmax(logits[row, at] / term.temperature, -1) for logits in own)
             divergence = sum(p * (p / q).log() for p, q in zip(soft_p.detach(), soft_q, strict=True))
-            total = total + objective.kl_weight * objective.temperature**2 * divergence
+            total = total + term.weight * term.temperature**2 * divergence
             total = total - objective.ce_weight * torch.softmax(own[0][row, at], -1)[target].log()
     return total
 

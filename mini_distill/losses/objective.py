@@ -1,6 +1,6 @@
 """The objective: weighted, named terms, as sums over supervised tokens.
 
-    loss = kl_weight · T² · divergence(student, teacher; T)  +  ce_weight · cross-entropy(student, data)
+    loss = kl_weight · T² · divergence(student, teacher; T)  +  ce_weight · cross-entropy(student, data)  +  Σ further terms
 
 Sums, never means: the one division, by the supervised tokens of the whole optimizer step, belongs to the training loop, which
 alone knows their number over all micro-batches and processes.
@@ -8,14 +8,18 @@ alone knows their number over all micro-batches and processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from .linear import Head, TeacherRows, linear_terms
 from .reduction import at_least_float32
+from .schedule import Schedule, multiplier
 
 
 @dataclass(frozen=True)
@@ -31,20 +35,60 @@ class ObjectiveSums:
     terms: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class DivergenceTerm:
+    """weight · T² · divergence(student, teacher; T).
+
+    Attributes:
+        name: In metrics and schedules.
+        divergence: `(student_logits, teacher_logits, temperature, **options) -> (tokens,)`.
+        weight: Plain multiplier.
+        temperature: Softens both distributions.
+        options: Further arguments of the divergence.
+        scale_by_temperature_squared: Multiply by T². The gradient of a divergence at temperature T shrinks as 1/T², so this
+            keeps its size, and with it the meaning of the weights (Hinton et al. 2015, section 2.1).
+    """
+
+    name: str
+    divergence: Callable[..., Tensor]
+    weight: float
+    temperature: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    scale_by_temperature_squared: bool = True
+
+    @property
+    def factor(self) -> float:
+        """What the sum over tokens is multiplied by: the weight, with T² where it belongs to it."""
+        return self.weight * (self.temperature**2 if self.scale_by_temperature_squared else 1.0)
+
+    def sum(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        """Over tokens, unweighted."""
+        return self.divergence(student_logits, teacher_logits, self.temperature, **self.options).sum()
+
+    def formula(self) -> str:
+        """For people: `0.5 · 2² · forward_kl(T=2)`."""
+        squared = f" · {self.temperature:g}²" if self.factor != self.weight else ""
+        details = [f"{k}={v}" for k, v in self.options.items()] + ([f"T={self.temperature:g}"] if self.temperature != 1 else [])
+        return f"{self.weight:g}{squared} · {self.name}" + (f"({', '.join(details)})" if details else "")
+
+
 class Objective:
-    """`kl_weight · T² · divergence + ce_weight · CE` of a batch's supervised tokens.
+    """The weighted sum of divergences from the teacher and the cross-entropy with the data, over a batch's supervised tokens.
 
     Args:
-        divergence: `(student_logits, teacher_logits, temperature, **options) -> (tokens,)`, or None if `kl_weight` is 0.
-        name: The divergence's name in the metrics.
+        divergence: That of the first term, see `DivergenceTerm`; None if `kl_weight` is 0.
+        name: Its name in the metrics.
         options: Further arguments of the divergence.
         vocab_size: Tokens of the tokenizer. Columns of the logits beyond it are padding of the embedding: they get no
             probability on either side, so models padded differently compare. None: no padding.
         temperature: Softens both distributions in the divergence. The cross-entropy is always at temperature 1.
-        scale_by_temperature_squared: Multiply the divergence by T². The gradient of a divergence at temperature T shrinks as
-            1/T², so this keeps its size, and with it the meaning of the weights (Hinton et al. 2015, section 2.1).
+        scale_by_temperature_squared: See `DivergenceTerm`.
         kl_weight: Plain multiplier of the divergence.
         ce_weight: Plain multiplier of the cross-entropy.
+        further: More divergences.
+        schedules: Term name -> factor on its weight over the optimizer steps.
+        memory_mib: Budget for the logits of a chunk, see `linear_terms`.
+        compile: Compile the terms with torch.compile: one kernel instead of a dozen passes over a chunk's logits.
     """
 
     def __init__(
@@ -58,47 +102,90 @@ class Objective:
         scale_by_temperature_squared: bool = True,
         kl_weight: float = 0.5,
         ce_weight: float = 0.5,
+        further: Sequence[DivergenceTerm] = (),
+        schedules: Mapping[str, Schedule] | None = None,
+        memory_mib: float | None = None,
+        compile: bool = False,
     ) -> None:
-        self.divergence, self.name, self.options = divergence, name, options or {}
-        self.vocab_size = vocab_size
-        self.temperature, self.kl_weight, self.ce_weight = temperature, kl_weight, ce_weight
-        self.divergence_weight = kl_weight * (temperature**2 if scale_by_temperature_squared else 1.0)
+        self.divergences = list(further)
+        if kl_weight > 0:
+            assert divergence is not None
+            first = DivergenceTerm(name, divergence, kl_weight, temperature, options or {}, scale_by_temperature_squared)
+            self.divergences.insert(0, first)
+        self.ce_weight, self.vocab_size, self.memory_mib = ce_weight, vocab_size, memory_mib
+        self.schedules, self.step = schedules or {}, 1
+        self._sums: Callable[..., Tensor] = torch.compile(self._term_sums, dynamic=True) if compile else self._term_sums
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether `teacher_logits` has to be given."""
-        return self.kl_weight > 0
+        """Whether the teacher has to be asked."""
+        return bool(self.divergences)
+
+    @property
+    def names(self) -> list[str]:
+        """The terms, in the order of their sums."""
+        return [term.name for term in self.divergences] + (["ce"] if self.ce_weight > 0 else [])
+
+    def at_step(self, step: int) -> Objective:
+        """The objective with the weights of optimizer step `step`."""
+        now = copy.copy(self)
+        now.step = step
+        return now
+
+    def factors(self) -> list[float]:
+        """What each term's sum is multiplied by at this step: weight, T² and schedule."""
+        plain = [term.factor for term in self.divergences] + ([self.ce_weight] if self.ce_weight > 0 else [])
+        return [factor * multiplier(self.schedules.get(name), self.step) for name, factor in zip(self.names, plain, strict=True)]
 
     def __call__(self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor) -> ObjectiveSums:
-        """The sums over a batch's supervised tokens.
+        """The sums over a batch's supervised tokens, from whole logits: the definition, and what `fused` must equal.
 
         Args:
             student_logits: `(tokens, vocab)` at the supervised positions. No token at all is allowed: the loss is then
                 exactly 0, with a graph, so that every process of a group can call backward.
-            teacher_logits: `(tokens, vocab)` at the same positions; not looked at when `kl_weight` is 0.
+            teacher_logits: `(tokens, vocab)` at the same positions; not looked at without a divergence.
             targets: `(tokens,)` the data's own next tokens.
         """
-        student_logits = at_least_float32(student_logits[:, : self.vocab_size])
-        loss = student_logits[:0].sum()  # exactly 0, and with a graph even when no token is supervised
-        terms = {}
-        if self.kl_weight > 0:
-            assert self.divergence is not None and teacher_logits is not None
-            divergence = self.divergence(student_logits, teacher_logits[:, : self.vocab_size], self.temperature, **self.options).sum()
-            loss = loss + self.divergence_weight * divergence
-            terms[self.name] = divergence.detach()
+        columns = slice(self.vocab_size)
+        teacher_logits = None if teacher_logits is None else teacher_logits[:, columns]
+        sums = self._sums(student_logits[:, columns], teacher_logits, targets)
+        loss = student_logits[:0].sum() + (sums * sums.new_tensor(self.factors())).sum()
+        return ObjectiveSums(loss, dict(zip(self.names, sums.detach(), strict=True)))
+
+    def fused(self, student_hidden: Tensor, student_head: Head, teacher: TeacherRows | None, targets: Tensor) -> ObjectiveSums:
+        """The same from the input of the output heads; the logits of a few tokens exist at a time (`losses/linear.py`).
+
+        Args:
+            student_hidden: `(tokens, hidden)` at the supervised positions; no token at all is allowed.
+            student_head: The student's output head.
+            teacher: Its targets at the same positions; not looked at without a divergence.
+            targets: `(tokens,)` the data's own next tokens.
+        """
+        teacher = teacher if self.needs_teacher else None
+        loss, sums = linear_terms(
+            student_hidden,
+            student_head,
+            teacher,
+            targets,
+            self._sums,
+            self.factors(),
+            vocab_size=self.vocab_size,
+            memory_mib=self.memory_mib,
+        )
+        return ObjectiveSums(loss, dict(zip(self.names, sums, strict=True)))
+
+    def _term_sums(self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor) -> Tensor:
+        """The sum of each term over some tokens, `(terms,)`."""
+        student_logits = at_least_float32(student_logits)
+        sums = []
+        for term in self.divergences:
+            assert teacher_logits is not None
+            sums.append(term.sum(student_logits, teacher_logits))
         if self.ce_weight > 0:
-            ce = cross_entropy(student_logits, targets, reduction="sum")
-            loss = loss + self.ce_weight * ce
-            terms["ce"] = ce.detach()
-        return ObjectiveSums(loss, terms)
+            sums.append(cross_entropy(student_logits, targets, reduction="sum"))
+        return torch.stack(sums)
 
     def formula(self) -> str:
         """The loss with its numbers, for people: `0.5 · forward_kl + 0.5 · ce`."""
-        parts = []
-        if self.kl_weight > 0:
-            squared = f" · {self.temperature:g}²" if self.divergence_weight != self.kl_weight else ""
-            details = [f"{k}={v}" for k, v in self.options.items()] + ([f"T={self.temperature:g}"] if self.temperature != 1 else [])
-            parts.append(f"{self.kl_weight:g}{squared} · {self.name}" + (f"({', '.join(details)})" if details else ""))
-        if self.ce_weight > 0:
-            parts.append(f"{self.ce_weight:g} · ce")
+        parts = [term.formula() for term in self.divergences] + ([f"{self.ce_weight:g} · ce"] if self.ce_weight > 0 else [])
         return " + ".join(parts)

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from ..data.batch import Batch
 from ..errors import ModelError
-from ..losses.reduction import loss_mask
+from ..losses.linear import matmul_dtype, project
+from ..losses.reduction import at_least_float32, loss_mask
 
 
 class OutputHead:
@@ -46,12 +47,41 @@ class OutputHead:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`(…, hidden)` -> `(…, vocab)`: the model's own logits."""
-        logits = self.module(hidden)
+        return self.adjust(self.module(hidden))
+
+    def adjust(self, logits: Tensor) -> Tensor:
+        """What follows the matrix product: scaling and soft-capping."""
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
+
+    @torch.no_grad()
+    def wide_logits(self, hidden: Tensor, vocab_size: int | None, buffer: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The logits summed in float32 or wider, whatever the head is stored in; no gradient.
+
+        Args:
+            hidden: `(n, hidden)`.
+            vocab_size: Columns beyond it are left out; None: none are.
+            buffer: That of an earlier call, whose memory is used again.
+
+        Returns:
+            The logits `(n, vocab)`, and the buffer that they may lie in.
+        """
+        if type(self.module) is not nn.Linear:
+            return self.adjust(at_least_float32(self.module(hidden)[:, :vocab_size])), None
+        weight, bias = self.module.weight[:vocab_size], self.module.bias
+        dtype = matmul_dtype(hidden, weight)
+        buffer = project(hidden.to(dtype), weight.to(dtype), None if bias is None else bias[:vocab_size], buffer)
+        return self.adjust(buffer), buffer
+
+
+def output_head(student: nn.Module) -> OutputHead:
+    """The head of a `LanguageModel`, also of one that is wrapped for several processes."""
+    inner = getattr(student, "module", student)
+    assert isinstance(inner, LanguageModel)
+    return inner.head
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
@@ -86,6 +116,10 @@ class LanguageModel(nn.Module):
         return hidden[loss_mask(batch.labels)]  # (N, H)
 
     def forward(self, batch: Batch) -> Tensor:
+        """As `hidden`: what training wraps and calls."""
+        return self.hidden(batch)
+
+    def logits(self, batch: Batch) -> Tensor:
         """The logits that predict the supervised tokens: `(supervised, vocab)`."""
         return self.head.logits(self.hidden(batch))
 

@@ -33,6 +33,6 @@ class OnlineTeacher:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> DenseTargets:
-        """The teacher's targets at the supervised positions of `batch`, on the batch's device."""
+        """The teacher's targets at the supervised positions of `batch`; their logits come out on the batch's device."""
         hidden: Tensor = self.language_model.hidden(batch.to(self.device))
-        return DenseTargets(hidden, self.language_model.head)
+        return DenseTargets(hidden, self.language_model.head, batch.labels.device)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from ..models.head import OutputHead
 
 
-@dataclass(frozen=True)
+@dataclass
 class DenseTargets:
     """The teacher's whole distribution at every supervised position, kept as hidden states.
 
@@ -18,11 +19,24 @@ class DenseTargets:
     Attributes:
         hidden: `(supervised, hidden)`, the input of the teacher's output head; no gradient.
         head: The teacher's output head.
+        device: Where the logits are wanted: that of the student.
     """
 
     hidden: Tensor
     head: OutputHead
+    device: torch.device
+    _buffer: Tensor | None = field(default=None, repr=False)
+
+    def rows(self, rows: slice, vocab_size: int | None = None) -> Tensor:
+        """Some rows' logits `(n, vocab)` before temperature, in float32 or wider; valid until the next call.
+
+        Args:
+            rows: Which of the supervised positions.
+            vocab_size: Leave out the columns beyond it, which only pad the embedding.
+        """
+        logits, self._buffer = self.head.wide_logits(self.hidden[rows], vocab_size, self._buffer)
+        return logits.to(self.device)
 
     def logits(self) -> Tensor:
-        """`(supervised, vocab)`, before temperature."""
-        return self.head.logits(self.hidden)
+        """`(supervised, vocab)`: those of all rows at once."""
+        return self.head.logits(self.hidden).to(self.device)

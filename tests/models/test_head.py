@@ -105,14 +105,14 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 def test_logits_are_the_models_own_at_the_supervised_positions(model: PreTrainedModel, batch: Batch) -> None:
     """Capping or scaling of logits ignored by the fused path: Gemma 2, Cohere (trl#6629)."""
-    logits = LanguageModel(model)(batch)
+    logits = LanguageModel(model).logits(batch)
     assert logits.shape == (5 + 5, 64)
     torch.testing.assert_close(logits, own_logits(model, batch), rtol=1e-6, atol=1e-6)
 
 
 def test_gradients_are_those_of_the_models_own_logits(model: PreTrainedModel, batch: Batch) -> None:
     direction = torch.randn(10, 64, generator=torch.Generator().manual_seed(1))
-    ours = gradients(model, (LanguageModel(model)(batch) * direction).sum())
+    ours = gradients(model, (LanguageModel(model).logits(batch) * direction).sum())
     own = gradients(model, (own_logits(model, batch) * direction).sum())
     for name, gradient in own.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-5, atol=1e-5 * max(1.0, gradient.abs().max().item()), msg=name)
@@ -122,7 +122,7 @@ def test_gradients_are_those_of_the_models_own_logits(model: PreTrainedModel, ba
 def test_half_precision_gives_the_models_own_logits_to_the_bit(model: PreTrainedModel, batch: Batch, dtype: torch.dtype) -> None:
     language_model = LanguageModel(model.to(dtype))
     with torch.no_grad():
-        assert torch.equal(language_model(batch), own_logits(model, batch))
+        assert torch.equal(language_model.logits(batch), own_logits(model, batch))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -132,7 +132,7 @@ def test_large_logits_in_half_precision_are_no_reason_to_refuse(model: PreTraine
     head.register_forward_hook(lambda module, inputs, logits: logits - 100)
     language_model = LanguageModel(model.to(dtype))
     with torch.no_grad():
-        assert torch.equal(language_model(batch), own_logits(model, batch))
+        assert torch.equal(language_model.logits(batch), own_logits(model, batch))
 
 
 @pytest.mark.parametrize("family", CHANGES_ITS_LOGITS)
@@ -140,14 +140,14 @@ def test_leaving_out_what_a_family_does_to_its_logits_would_show(model: PreTrain
     """The fixtures are able to fail: without scaling or capping the logits are far from the model's own."""
     language_model = LanguageModel(model)
     language_model.head = OutputHead(model.get_output_embeddings())
-    assert (language_model(batch) - own_logits(model, batch)).abs().max() > 0.5
+    assert (language_model.logits(batch) - own_logits(model, batch)).abs().max() > 0.5
 
 
 def test_only_supervised_positions_reach_the_head(model: PreTrainedModel, batch: Batch) -> None:
     """Prompts and padding cost no vocabulary-sized work."""
     language_model, rows = LanguageModel(model), []
     model.get_output_embeddings().register_forward_pre_hook(lambda module, inputs: rows.append(inputs[0].shape[:-1].numel()))
-    language_model(batch)
+    language_model.logits(batch)
     assert rows == [int(loss_mask(batch.labels).sum())]
     assert language_model.hidden(batch).shape[0] == supervised_targets(batch.labels).shape[0]
 
@@ -155,15 +155,15 @@ def test_only_supervised_positions_reach_the_head(model: PreTrainedModel, batch:
 def test_padding_and_prompt_labels_do_not_matter(model: PreTrainedModel, batch: Batch) -> None:
     """The trunk sees the tokens alone; what is supervised only chooses rows."""
     language_model = LanguageModel(model)
-    some = language_model(batch)
+    some = language_model.logits(batch)
     everything = Batch(batch.input_ids, batch.input_ids.clone(), batch.position_ids, batch.row_ids, batch.num_bytes)
     chosen = loss_mask(batch.labels)[:, :-1].flatten()
-    torch.testing.assert_close(language_model(everything)[chosen], some)
+    torch.testing.assert_close(language_model.logits(everything)[chosen], some)
 
 
 def test_no_supervised_position_gives_no_logits_and_a_zero_gradient(model: PreTrainedModel, batch: Batch) -> None:
     batch.labels.fill_(IGNORE_INDEX)
-    logits = LanguageModel(model)(batch)
+    logits = LanguageModel(model).logits(batch)
     assert logits.shape == (0, 64)
     logits.sum().backward()
     used = [p.grad for p in model.parameters() if p.grad is not None]
