@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+import os
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
@@ -36,19 +39,19 @@ def load_tokenizer(
     Raises:
         ModelError: there is none, or it cannot be read.
     """
-    folder = Path(path).expanduser()
-    if folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
+    folder = _folder(path, where)
+    if folder is not None and not any((folder / name).exists() for name in TOKENIZER_FILES):
         raise ModelError(
             where,
             f"no tokenizer in '{path}' (expected {', '.join(TOKENIZER_FILES[:3])})",
             "Save it there: tokenizer.save_pretrained(folder).",
         )
-    with _library_errors(where, path, gated=False), quiet():
+    with _library_errors(where, path, folder is None), quiet(downloads=folder is None):
         return AutoTokenizer.from_pretrained(
-            str(folder) if folder.is_dir() else path,
+            path if folder is None else str(folder),
             revision=revision,
             trust_remote_code=trust_remote_code,
-            local_files_only=folder.is_dir(),
+            local_files_only=folder is not None,
         )
 
 
@@ -76,29 +79,39 @@ def load_causal_lm(
     Raises:
         ModelError: the folder, its files, the architecture, the hub or a weight is missing or wrong.
     """
-    folder = Path(path).expanduser()
-    is_local = folder.is_dir()
-    if is_local:
-        _check_folder(folder, trust_remote_code, where)
-    with _library_errors(where, path, gated and not is_local), quiet():
+    folder = _folder(path, where)
+    if folder is not None:
+        _check_folder(folder, where)
+    with _library_errors(where, path, folder is None, gated), quiet(downloads=folder is None):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder) if is_local else path,
+            path if folder is None else str(folder),
             revision=revision,
             dtype=dtype,
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
-            local_files_only=is_local,
+            local_files_only=folder is not None,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # reported below, with the weight's name
             output_loading_info=True,
         )
     model: PreTrainedModel = loaded[0]
-    _check_weights(loaded[1], path, where)
+    _check_weights(model, loaded[1], path, where)
     return model.eval()
 
 
-def _check_weights(info: Mapping[str, Any], path: str, where: str) -> None:
-    """Refuse what transformers would fill with random numbers and only warn about."""
+def _folder(path: str, where: str) -> Path | None:
+    """The folder that `path` names; None when it can only be a hub id.
+
+    The functions of `os.path` answer where those of `Path` raise: a name that is too long, ~nobody.
+    """
+    expanded = os.path.expanduser(path)
+    if os.path.isfile(expanded):
+        raise ModelError(where, f"'{path}' is a file, expected a folder", f"Give the folder it is in: {os.path.dirname(expanded) or '.'}.")
+    return Path(expanded) if os.path.isdir(expanded) else None
+
+
+def _check_weights(model: PreTrainedModel, info: Mapping[str, Any], path: str, where: str) -> None:
+    """Refuse what transformers would fill with random numbers, or leave out of the blocks, and only warn about."""
     wrong = [f"{name} is {list(stored)}, expected {list(expected)}" for name, stored, expected in sorted(info["mismatched_keys"])]
     if wrong:
         raise ModelError(
@@ -115,24 +128,49 @@ def _check_weights(info: Mapping[str, Any], path: str, where: str) -> None:
             else "It is incomplete, or of another architecture."
         )
         raise ModelError(where, f"the checkpoint in '{path}' lacks {len(missing)} of the model's weights ({_some(missing)})", remedy)
+    if left_out := _without_place(model, info["unexpected_keys"]):
+        raise ModelError(
+            where,
+            f"the checkpoint in '{path}' holds {len(left_out)} weights that config.json leaves no place for ({_some(left_out)})",
+            "Give the config.json that belongs to them.",
+        )
 
 
-def _check_folder(folder: Path, trust_remote_code: bool, where: str) -> None:
+def _without_place(model: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:
+    """Weights of the model's own stack of blocks that it does not have: config.json names too few layers, or none of the biases.
+
+    A language model can do without what lies elsewhere (a vision tower, a value head), without the blocks after its last that
+    predict further tokens (DeepSeek-V3), and without the causal masks that older checkpoints hold as `attn.bias`.
+    """
+    prefix, text = model.base_model_prefix + ".", model.config.get_text_config()
+
+    def block(name: str) -> tuple[str, int]:
+        stack = re.match(r"(.*?)\.(\d+)\.", name.removeprefix(prefix))
+        return (stack[1], int(stack[2])) if stack else ("", 0)
+
+    stacks = {block(name)[0] for name in model.state_dict()} - {""}
+    further = range(text.num_hidden_layers, text.num_hidden_layers + (getattr(text, "num_nextn_predict_layers", None) or 0))
+    weights = [name for name in unexpected if name.endswith((".weight", ".bias")) and not name.endswith((".attn.bias", ".attention.bias"))]
+    return sorted(name for name in weights if block(name)[0] in stacks and block(name)[1] not in further)
+
+
+def _check_folder(folder: Path, where: str) -> None:
     """What can be told from the files before a weight is read."""
     config_file = folder / "config.json"
     if not config_file.exists():
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
         raise ModelError(where, f"no config.json in '{folder}' (found {found})", "Give the folder that save_pretrained wrote.")
-    if _read_object(config_file).get("auto_map") and not trust_remote_code:
-        raise _own_code(where, str(folder))
+    _read_object(config_file)
     _check_weight_files(folder, where)
 
 
 def _read_object(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(str(file), f"not valid JSON ({error})", "Download it again.") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(str(file), f"not valid JSON ({one_line(error)})", "Download it again.") from error
+    except OSError as error:
+        raise ModelError(str(file), f"cannot be read ({error.strerror})", "Check the file and its permissions.") from error
     if not isinstance(content, dict):
         raise ModelError(str(file), f"got a JSON {type(content).__name__}, expected an object", "Download it again.")
     return content
@@ -147,13 +185,7 @@ def _check_weight_files(folder: Path, where: str) -> None:
     files = sorted(folder.glob("*.safetensors"))
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        weight_map = _read_object(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ModelError(str(index), "has no weight_map", "Download it again.")
-        shards = set(weight_map.values())
-        absent = sorted(shards - {file.name for file in files})
-        if absent:
-            raise ModelError(where, f"'{folder}' lacks {len(absent)} of {len(shards)} weight files ({_some(absent)})", "Download the rest.")
+        _check_shards(index, {file.name for file in files}, where)
     if not files:
         if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
             raise ModelError(
@@ -170,43 +202,95 @@ def _check_weight_files(folder: Path, where: str) -> None:
             raise ModelError(str(file), f"not a whole safetensors file ({error})", "Download it again.") from error
 
 
-@contextmanager
-def _library_errors(where: str, path: str, gated: bool) -> Iterator[None]:
-    """The libraries' many exceptions as one line each."""
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+def _check_shards(index: Path, present: set[str], where: str) -> None:
+    """Every file that the index names lies beside it."""
+    weight_map = _read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ModelError(str(index), "has no weight_map from weights to files", "Download it again.")
+    shards = set(weight_map.values())
+    if absent := sorted(shards - present):
+        what = f"'{index.parent}' lacks {len(absent)} of {len(shards)} weight files ({_some(absent)})"
+        raise ModelError(where, what, "Download the rest.")
 
+
+@contextmanager
+def _library_errors(where: str, path: str, from_hub: bool, gated: bool = False) -> Iterator[None]:
+    """The libraries' many exceptions as one line each."""
     try:
         yield
-    except ModelError:
-        raise
     except Exception as error:  # whatever transformers and the hub raise is about what the user named
-        chain = [error, error.__cause__, error.__context__]
-        if gated or any(isinstance(e, GatedRepoError) for e in chain):
-            remedy = f"Accept the licence on the repository's page and log in (hf auth login, or HF_TOKEN). {OFFLINE}"
-            raise ModelError(where, f"cannot load the gated repository '{path}' ({one_line(error)})", remedy) from error
-        if any(isinstance(e, RepositoryNotFoundError | HFValidationError) for e in chain):
-            raise ModelError(
-                where, f"'{path}' is neither a folder nor a repository on the hub", "Check the spelling; a private one needs hf auth login."
-            ) from error
+        if from_hub and (problem := _hub_error(error, where, path, gated)):
+            raise problem from error
         if "trust_remote_code" in str(error):
             raise _own_code(where, path) from error
-        if isinstance(error, OSError) and not Path(path).expanduser().is_dir():
-            raise ModelError(where, f"cannot load '{path}' from the hub ({one_line(error)})", OFFLINE) from error
         raise ModelError(where, f"transformers cannot load '{path}' ({type(error).__name__}: {one_line(error)})") from error
 
 
+def _hub_error(error: Exception, where: str, path: str, gated: bool) -> ModelError | None:
+    """What the hub, or the way to it, has to do with `error`; None: nothing."""
+    from huggingface_hub import is_offline_mode
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    causes = {type(cause): cause for cause in _causes(error)}
+    if RevisionNotFoundError in causes:
+        return ModelError(where.rpartition(".")[0] + ".revision", f"'{path}' has no such commit, tag or branch", "Look at its page.")
+    if RepositoryNotFoundError in causes or HFValidationError in causes:
+        what = f"'{path}' is neither a folder nor a repository on the hub"
+        return ModelError(where, what, "Check the spelling; a private one needs hf auth login.")
+    refused = causes.get(HfHubHTTPError)
+    if isinstance(refused, HfHubHTTPError) and refused.response.status_code == 401:
+        return ModelError(where, f"the hub refuses the token that was sent for '{path}'", "Log in again (hf auth login), or mend HF_TOKEN.")
+    if not isinstance(error, OSError):
+        return None
+    why = "HF_HUB_OFFLINE is set, and the cache lacks it" if is_offline_mode() else one_line(error)
+    if gated or GatedRepoError in causes:
+        remedy = f"Accept the licence on the repository's page and log in (hf auth login, or HF_TOKEN). {OFFLINE}"
+        return ModelError(where, f"cannot load the gated repository '{path}' ({why})", remedy)
+    if "`use_safetensors=True`" in str(error) and not is_offline_mode():  # transformers advises to set it otherwise
+        what = f"the hub gives no model.safetensors of '{path}', and pickled weights, which can run code, are not read"
+        return ModelError(where, what, f"Choose a revision that has it, or convert it: model.save_pretrained(folder). {OFFLINE}")
+    return ModelError(where, f"cannot load '{path}' from the hub ({why})", OFFLINE)
+
+
+def _causes(error: BaseException | None) -> list[BaseException]:
+    """An exception and those behind it, which may lead back to it."""
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found
+
+
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' own bars and warnings, which repeat what we check."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+def quiet(downloads: bool = False) -> Iterator[None]:
+    """Without transformers' own bars and warnings, which repeat what we check.
+
+    Args:
+        downloads: Keep the bars of downloads, which can take an hour, in the first process of a machine.
+    """
+    from huggingface_hub.utils import are_progress_bars_disabled
+
+    level, bars, hub_bars = (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+        not are_progress_bars_disabled(),
+    )
     transformers_logging.set_verbosity(logging.ERROR)
-    transformers_logging.disable_progress_bar()
+    _show_bars(False, downloads and hub_bars and os.environ.get("LOCAL_RANK", "0") == "0")
     try:
         yield
     finally:
         transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()
+        _show_bars(bars, hub_bars)
+
+
+def _show_bars(loading: bool, downloads: bool) -> None:
+    """Switch the bars of transformers and those of the hub, which transformers switches with its own."""
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+
+    with warnings.catch_warnings(action="ignore"):  # where HF_HUB_DISABLE_PROGRESS_BARS has the last word
+        (transformers_logging.enable_progress_bar if loading else transformers_logging.disable_progress_bar)()
+        (enable_progress_bars if downloads else disable_progress_bars)()
 
 
 def one_line(error: BaseException) -> str:

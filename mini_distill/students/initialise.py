@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError, ModelError
+from ..models.loading import one_line
 
 
 def evenly_spaced(num_layers: int, of: int) -> list[int]:
@@ -32,7 +33,7 @@ def from_teacher_layers(teacher: PreTrainedModel, num_layers: int | None) -> Pre
 
     Raises:
         ConfigError: more layers than the teacher has.
-        ModelError: the teacher's blocks cannot be told apart from the rest.
+        ModelError: the teacher's blocks cannot be told apart from the rest, or are of several kinds that its configuration does not list.
     """
     of = teacher.config.get_text_config().num_hidden_layers
     num_layers = num_layers or max(1, of // 4)
@@ -47,7 +48,14 @@ def from_teacher_layers(teacher: PreTrainedModel, num_layers: int | None) -> Pre
             setattr(text, name, [value[i] for i in kept])
     with torch.random.fork_rng([]):  # the random weights are all overwritten
         student = type(teacher)(config).float()
-    student.load_state_dict(_kept_weights(teacher, kept))
+    try:
+        student.load_state_dict(_kept_weights(teacher, kept))
+    except RuntimeError as error:  # which blocks are of which kind is said elsewhere than in a list with one entry a layer
+        raise ModelError(
+            "student.num_layers",
+            f"blocks {', '.join(map(str, kept))} of {type(teacher).__name__} do not fit its configuration for {num_layers} ({one_line(error)})",
+            f"Keep all {of}, or use student=mini_2m or another preset.",
+        ) from error
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.eval()
 
@@ -58,7 +66,6 @@ def _kept_weights(teacher: PreTrainedModel, kept: list[int]) -> dict[str, Tensor
     new_number = {str(old): str(new) for new, old in enumerate(kept)}
     state = {}
     for key, value in teacher.state_dict().items():
-        value = value.float() if value.is_floating_point() else value
         if not key.startswith(prefix):
             state[key] = value
             continue

@@ -7,17 +7,28 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers.utils.hub
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from mini_distill.errors import ModelError
 from mini_distill.models import loading
-from mini_distill.models.loading import load_causal_lm, load_tokenizer
+from mini_distill.models.loading import load_causal_lm, load_tokenizer, quiet
 
 Build = Callable[..., LlamaForCausalLM]
 
@@ -86,11 +97,23 @@ def test_a_folder_without_config(folder: Path) -> None:
     assert "no config.json" in (line := the_error(load_causal_lm, folder)) and "model.safetensors" in line
 
 
-@pytest.mark.parametrize("text", ["{", "", "[]", '"llama"', "\xff\xfe"])
+@pytest.mark.parametrize("text", ["{", "", "[]", '"llama"', "\xff\xfe", "[" * 100_000], ids=range(6))
 def test_a_config_that_is_no_json_object_is_named(folder: Path, text: str) -> None:
     (folder / "config.json").write_bytes(text.encode("latin-1"))
     line = the_error(load_causal_lm, folder)
     assert line.startswith(str(folder / "config.json")) and "JSON" in line
+
+
+def test_a_config_that_is_no_file_is_named(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+    assert the_error(load_causal_lm, folder).startswith(f"{folder / 'config.json'}: cannot be read (Is a directory)")
+
+
+@pytest.mark.parametrize("load", [load_causal_lm, load_tokenizer])
+def test_a_file_instead_of_its_folder(folder: Path, load: Callable[..., object]) -> None:
+    line = the_error(load, folder / "model.safetensors")
+    assert "is a file, expected a folder" in line and str(folder) in line
 
 
 def test_a_config_without_an_architecture(folder: Path) -> None:
@@ -151,6 +174,69 @@ def test_weights_of_another_size_than_the_config_says(folder: Path) -> None:
     assert "mlp" in line and "64" in line and "96" in line
 
 
+def put(folder: Path, *names: str) -> None:
+    """Further weights, all zero, into the checkpoint."""
+    edit_weights(folder, lambda weights: weights.update({name: torch.zeros(4, 4) for name in names}))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.0.attn.bias", "model.layers.0.attn.masked_bias"),
+        ("mtp.layers.0.fc.weight", "model.mtp.layers.0.fc.weight"),
+        ("vision_tower.encoder.layers.0.mlp.weight", "model.visual.blocks.0.mlp.weight"),
+        ("v_head.summary.weight", "score.weight"),
+    ],
+)
+def test_weights_that_a_language_model_can_do_without_are_left_out(folder: Path, names: tuple[str, ...]) -> None:
+    put(folder, *names)
+    load_causal_lm(str(folder))
+
+
+def test_a_head_stored_beside_the_embedding_it_is_tied_to_is_no_matter(tmp_path: Path, tiny_llama: Build) -> None:
+    tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path)
+    edit_weights(tmp_path, lambda weights: weights.update({"lm_head.weight": weights["model.embed_tokens.weight"].clone()}))
+    model = load_causal_lm(str(tmp_path))
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_blocks_that_predict_further_tokens_may_follow_the_last(folder: Path) -> None:
+    """DeepSeek-V3 stores them as if they were blocks of the model."""
+    put(folder, "model.layers.2.eh_proj.weight", "model.layers.2.self_attn.o_proj.weight")
+    assert "holds 2 weights" in the_error(load_causal_lm, folder)
+    edit_config(folder, num_nextn_predict_layers=1)
+    load_causal_lm(str(folder))
+
+
+def test_blocks_that_the_config_does_not_count_are_not_cut_off(folder: Path) -> None:
+    """transformers only warns, and half a teacher would teach."""
+    edit_config(folder, num_hidden_layers=1)
+    line = the_error(load_causal_lm, folder)
+    assert "holds 9 weights that config.json leaves no place for" in line and "model.layers.1." in line
+
+
+def test_blocks_are_told_by_names_with_and_without_the_models_prefix(tmp_path: Path) -> None:
+    """The first checkpoints of GPT-2 call them `h.0`, the model calls them `transformer.h.0`."""
+    config = GPT2Config(vocab_size=64, n_embd=8, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+
+    def rename(weights: dict[str, torch.Tensor]) -> None:
+        for name in list(weights):
+            weights[name.removeprefix("transformer.")] = weights.pop(name)
+        weights["h.0.attn.bias"] = torch.ones(1, 1, 4, 4)
+
+    edit_weights(tmp_path, rename)
+    load_causal_lm(str(tmp_path))
+    edit_config(tmp_path, n_layer=1)
+    assert "holds 11 weights" in (line := the_error(load_causal_lm, tmp_path)) and "h.1.attn.c_attn.weight" in line
+
+
+@pytest.mark.parametrize("name", ["q_proj.bias", "q_norm.weight", "q_proj.lora_A.weight"])
+def test_a_weight_within_a_block_that_the_model_has_no_place_for_is_named(folder: Path, name: str) -> None:
+    put(folder, f"model.layers.0.self_attn.{name}")
+    assert f"model.layers.0.self_attn.{name}" in the_error(load_causal_lm, folder)
+
+
 def test_a_shard_that_was_not_downloaded_is_named(folder: Path, tiny_llama: Build) -> None:
     shutil.rmtree(folder)
     tiny_llama().save_pretrained(folder, max_shard_size="20KB")
@@ -161,7 +247,7 @@ def test_a_shard_that_was_not_downloaded_is_named(folder: Path, tiny_llama: Buil
     assert f"lacks 1 of {len(shards)} weight files" in line and shards[1].name in line
 
 
-@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"weight_map": 3}'])
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": ["b"]}}'])
 def test_a_damaged_index_of_shards_is_named(folder: Path, text: str) -> None:
     index = folder / "model.safetensors.index.json"
     index.write_text(text)
@@ -174,6 +260,15 @@ def test_code_in_the_folder_is_not_run_unless_asked_for(folder: Path, tmp_path: 
     edit_config(folder, model_type="mine", auto_map={"AutoConfig": "modeling_mine.C", "AutoModelForCausalLM": "modeling_mine.M"})
     line = the_error(load_causal_lm, folder)
     assert "auto_map" in line and "trust_remote_code" in line
+    assert not canary.exists()
+
+
+def test_code_beside_a_known_architecture_is_not_needed(folder: Path, tmp_path: Path) -> None:
+    """Many repositories still carry the code they had before transformers knew them."""
+    canary = tmp_path / "canary"
+    (folder / "modeling_mine.py").write_text(f"open({str(canary)!r}, 'w')\nclass C: pass\nclass M: pass\n")
+    edit_config(folder, auto_map={"AutoConfig": "modeling_mine.C", "AutoModelForCausalLM": "modeling_mine.M"})
+    assert isinstance(load_causal_lm(str(folder)), LlamaForCausalLM)
     assert not canary.exists()
 
 
@@ -220,7 +315,95 @@ def test_a_gated_hub_model_says_to_accept_its_licence() -> None:
     assert "Accept the licence" in line and loading.OFFLINE in line
 
 
-@pytest.mark.parametrize("name", ["two words", "a/b/c", "name*"])
+# ------------------------------------------------------------------------------------------------------------------------- hub
+
+
+def answered(kind: type[HfHubHTTPError], status: int) -> HfHubHTTPError:
+    response: Any = SimpleNamespace(status_code=status, headers={}, request=None)
+    return kind(f"the hub says {status}", response=response)
+
+
+@pytest.fixture
+def hub_raises(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception], None]:
+    """`hub_raises(error)`: what every download ends in."""
+
+    def set_error(error: Exception) -> None:
+        def download(*_: Any, **__: Any) -> str:
+            raise error
+
+        monkeypatch.setattr(transformers.utils.hub, "hf_hub_download", download)
+
+    return set_error
+
+
+@pytest.mark.parametrize("load", [load_causal_lm, load_tokenizer])
+@pytest.mark.parametrize(
+    ("error", "where", "words"),
+    [
+        (answered(RepositoryNotFoundError, 404), "student.path", "neither a folder nor a repository"),
+        (answered(GatedRepoError, 403), "student.path", "Accept the licence"),
+        (answered(RevisionNotFoundError, 404), "student.revision", "no such commit, tag or branch"),
+        (answered(HfHubHTTPError, 401), "student.path", "refuses the token"),
+        (answered(HfHubHTTPError, 502), "student.path", loading.OFFLINE),
+        (LocalEntryNotFoundError("no connection"), "student.path", loading.OFFLINE),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
+)
+def test_what_the_hub_answers_is_one_line(
+    hub_raises: Callable[[Exception], None], load: Callable[..., object], error: Exception, where: str, words: str
+) -> None:
+    hub_raises(error)
+    line = the_error(load, "org/name", where="student.path")
+    assert line.startswith(f"{where}: ") and words in line
+
+
+def test_a_misspelt_revision_of_a_gated_repository_is_no_matter_of_its_licence(hub_raises: Callable[[Exception], None]) -> None:
+    hub_raises(answered(RevisionNotFoundError, 404))
+    assert "licence" not in the_error(load_causal_lm, "org/name", gated=True)
+
+
+def test_a_repository_with_pickled_weights_only(
+    folder: Path, hub_raises: Callable[[Exception], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The advice of transformers is to set use_safetensors otherwise, which would open the pickle."""
+
+    def cached(_: str, filename: str, **__: Any) -> str | None:
+        return str(folder / filename) if filename == "config.json" else None
+
+    monkeypatch.setattr(transformers.utils.hub, "try_to_load_from_cache", cached)
+    monkeypatch.setenv("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would ask a service on the hub for them
+    hub_raises(answered(RemoteEntryNotFoundError, 404))
+    line = the_error(load_causal_lm, "org/name")
+    assert "gives no model.safetensors" in line and "use_safetensors" not in line
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_chosen_lack_of_network_is_named() -> None:
+    assert "HF_HUB_OFFLINE is set" in the_error(load_causal_lm, "org/name")
+
+
+@pytest.mark.parametrize(("rank", "shown"), [("0", True), ("1", False)])
+def test_downloads_show_their_bar_once_a_machine(monkeypatch: pytest.MonkeyPatch, rank: str, shown: bool) -> None:
+    """Without it a download of an hour looks like a hang."""
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    with quiet(downloads=True):
+        assert are_progress_bars_disabled() is not shown
+        assert not transformers_logging.is_progress_bar_enabled()
+    with quiet():
+        assert are_progress_bars_disabled()
+
+
+def test_bars_that_were_switched_off_stay_off() -> None:
+    disable_progress_bars()
+    try:
+        with quiet(downloads=True):
+            assert are_progress_bars_disabled()
+        assert are_progress_bars_disabled() and transformers_logging.is_progress_bar_enabled()
+    finally:
+        enable_progress_bars()
+
+
+@pytest.mark.parametrize("name", ["two words", "a/b/c", "name*", "~nobody-at-all/x/y", "x" * 300])
 def test_a_name_that_can_be_no_repository(name: str) -> None:
     assert "neither a folder nor a repository" in the_error(load_causal_lm, name)
 

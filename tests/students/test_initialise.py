@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from mini_distill.errors import ConfigError, ModelError
 from mini_distill.students.initialise import evenly_spaced, from_teacher_layers
@@ -90,3 +90,17 @@ def test_a_model_with_two_lists_of_blocks_is_refused(tiny_llama: Build) -> None:
     teacher.model.others = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
     with pytest.raises(ModelError, match=r"student\.kind: cannot tell which list of LlamaForCausalLM holds its 2 blocks"):
         from_teacher_layers(teacher, 1)
+
+
+def test_blocks_of_two_kinds_that_change_places_are_refused() -> None:
+    """In Qwen3-MoE `mlp_only_layers` lists the dense blocks by number: block 3 would come into the place of a dense block 1."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    experts = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+    teacher = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=64, num_hidden_layers=4, mlp_only_layers=[1], **sizes, **experts))
+    with pytest.raises(ModelError) as caught:
+        from_teacher_layers(teacher, 2)
+    line = str(caught.value)
+    assert (
+        line.startswith("student.num_layers: blocks 0, 3 of Qwen3MoeForCausalLM do not fit") and "\n" not in line and "Keep all 4" in line
+    )
+    assert from_teacher_layers(teacher, 4).config.num_hidden_layers == 4
