@@ -29,6 +29,7 @@ from .losses.objective import Objective
 from .models.head import LanguageModel, embedding_rows
 from .models.identity import weights_fingerprint
 from .models.loading import embedded_path, load_causal_lm, load_tokenizer
+from .models.packed_documents import check_documents_kept_apart
 from .students.build import build_student
 from .teachers.online import OnlineTeacher
 from .training.checkpoint import Checkpoints, load_optimizer, optimizer_to_tensors
@@ -213,6 +214,9 @@ def prepare(config: Config, run: RunFolder, tracker: Tracker) -> Distillation:
         check_vocabulary(model, tokenizer, where)
     teacher = OnlineTeacher(teacher_model) if teacher_model is not None else None
     language_model = LanguageModel(student_model.to(accelerator.device)).train()
+    if config.data.packing:
+        for where, model in (("teacher.path", teacher_model), ("student.path", student_model)):
+            check_documents_kept_apart(model, where)
     student = ready_to_train(language_model, config, accelerator)
     trainer = config.trainer
     checkpoints = Checkpoints(run.path / "checkpoints", keep=trainer.keep_checkpoints)
