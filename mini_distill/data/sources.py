@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..config import DataConfig
-from ..errors import DataError
+from ..errors import DataError, MiniDistillError
 from .row import Row, RowError
 from .tables import TABLE_SUFFIXES, Tables
 from .text_files import PythonStandardLibrary, TextFiles
@@ -167,9 +167,19 @@ def _user_source(config: DataConfig, where: str) -> Source:
     module, _, name = config.source.rpartition(".")
     try:
         kind = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise DataError(f"{where}.source", f"cannot import '{config.source}' ({error})", "Give package.module.Class.") from error
-    source: Source = kind(config)
+    except Exception as error:  # the module is the user's own, and may raise anything
+        raise DataError(
+            f"{where}.source", f"cannot import '{config.source}' ({_first_line(error)})", "Give package.module.Class."
+        ) from error
+    if not isinstance(kind, type):
+        raise DataError(f"{where}.source", f"'{config.source}' is a {type(kind).__name__}, expected a class", "Give package.module.Class.")
+    try:
+        source: Source = kind(config)
+    except MiniDistillError:
+        raise
+    except Exception as error:  # as above
+        what = f"{config.source} cannot be made ({_first_line(error)})"
+        raise DataError(f"{where}.source", what, "With debug=true its traceback is shown.") from error
     for method in ("rows", "fingerprint"):
         if not callable(getattr(source, method, None)):
             raise DataError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import os
 import re
@@ -23,14 +24,18 @@ def read_text(file: Path) -> str:
     Raises:
         RowError: it cannot be read, is not UTF-8, or holds a NUL as no text does.
     """
+    return to_text(_read(file), str(file)).removeprefix("\ufeff")
+
+
+def _read(file: Path) -> bytes:
     try:
-        return to_text(file.read_bytes(), str(file)).removeprefix("\ufeff")
+        return file.read_bytes()
     except OSError as error:
         raise RowError(str(file), f"cannot be read ({error.strerror})", reason="unreadable") from error
 
 
-def to_text(data: bytes, file: str, line: int = 1) -> str:
-    """The text that `data`, which begins at this line of the file, holds in UTF-8.
+def to_text(data: bytes, file: str, line: int = 1, offset: int = 0) -> str:
+    """The text that `data`, which begins at this line and byte of the file, holds in UTF-8.
 
     Raises:
         RowError: it is not UTF-8, or holds a NUL as no text does.
@@ -39,7 +44,7 @@ def to_text(data: bytes, file: str, line: int = 1) -> str:
         text = data.decode()
     except UnicodeDecodeError as error:
         where = f"{file}:{line + data.count(NEWLINE, 0, error.start)}"
-        what = f"not UTF-8 (byte 0x{data[error.start]:02x} at offset {error.start})"
+        what = f"not UTF-8 (byte 0x{data[error.start]:02x} at offset {offset + error.start})"
         raise RowError(where, what, f"Convert the file to UTF-8. {MEND_OR_SKIP}", "not UTF-8") from error
     if NUL in data:
         where = f"{file}:{line + data.count(NEWLINE, 0, data.index(NUL))}"
@@ -73,29 +78,39 @@ class TextFiles:
         """Every document, in the order of the files."""
         for file in self.files:
             try:
-                text = read_text(file)
+                if self.separator is None:
+                    yield Row(str(file), {"text": read_text(file)})
+                else:
+                    yield from _documents(file, _read(file), self.separator)
             except RowError as error:
                 yield error
-                continue
-            if self.separator is None:
-                yield Row(str(file), {"text": text})
-            else:
-                yield from _documents(file, text, self.separator)
 
     def fingerprint(self) -> dict[str, Any]:
         """The files' content and how it is cut into documents."""
         return {"kind": "text", "files": hash_files(self.files), "separator": self.separator.pattern if self.separator else None}
 
 
-def _documents(file: Path, text: str, separator: re.Pattern[str]) -> Iterator[Row]:
+def _documents(file: Path, data: bytes, separator: re.Pattern[str]) -> Iterator[Row | RowError]:
+    """What stands between the separators. A byte that is no text costs its document and not the others."""
+    offset = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
+    text = data[offset:].decode(errors="surrogateescape")
     begin, line = 0, 1
     for start, end in [*(match.span() for match in separator.finditer(text)), (len(text), len(text))]:
         document = text[begin:start]
         if document.strip():
-            blank_lines = document.count("\n", 0, len(document) - len(document.lstrip()))
-            yield Row(f"{file}:{line + blank_lines}", {"text": document})
+            yield _document(file, document, line, offset)
         line += text.count("\n", begin, end)
+        offset += len(text[begin:end].encode(errors="surrogateescape"))
         begin = end
+
+
+def _document(file: Path, document: str, line: int, offset: int) -> Row | RowError:
+    blank_lines = document.count("\n", 0, len(document) - len(document.lstrip()))
+    try:
+        text = to_text(document.encode(errors="surrogateescape"), str(file), line, offset)
+    except RowError as error:
+        return error
+    return Row(f"{file}:{line + blank_lines}", {"text": text})
 
 
 class PythonStandardLibrary:

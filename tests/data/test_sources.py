@@ -33,6 +33,15 @@ class NoSource:
     def __init__(self, config: DataConfig) -> None: ...
 
 
+class Raises:
+    """A source that cannot be made."""
+
+    def __init__(self, config: DataConfig) -> None:
+        if config.name == "known":
+            raise DataError("data.name", "its own line")
+        raise KeyError("no such table\nin the database")
+
+
 def rows(config: DataConfig, **options: Any) -> list[Row | RowError]:
     return list(checked_rows(open_source(config, **options), config))
 
@@ -91,12 +100,31 @@ def test_a_user_s_own_class_is_a_source() -> None:
         ("no_such_module.Source", "cannot import 'no_such_module.Source'"),
         (f"{__name__}.Missing", "cannot import"),
         (f"{__name__}.NoSource", "has no method rows()"),
+        ("os.path", "'os.path' is a module, expected a class"),
+        ("os.getcwd", "'os.getcwd' is a builtin_function_or_method, expected a class"),
+        ("pathlib.Path", "pathlib.Path cannot be made (TypeError: "),
+        (f"{__name__}.Raises", "Raises cannot be made (KeyError: 'no such table"),
     ],
 )
 def test_a_class_that_is_no_source_is_one_line(source: str, message: str) -> None:
     with pytest.raises(DataError) as caught:
         open_source(DataConfig(source=source))
-    assert str(caught.value).startswith("data.source: ") and message in str(caught.value)
+    assert str(caught.value).startswith("data.source: ") and message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_a_user_s_class_raised_keeps_its_traceback() -> None:
+    with pytest.raises(DataError) as caught:
+        open_source(DataConfig(source=f"{__name__}.Raises"))
+    assert isinstance(caught.value.__cause__, KeyError) and caught.value.__cause__.__traceback__
+    with pytest.raises(DataError, match=r"data\.name: its own line"):
+        open_source(DataConfig(source=f"{__name__}.Raises", name="known"))
+
+
+def test_a_user_s_module_that_raises_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "module_that_raises.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(DataError, match=r"data\.source: cannot import 'module_that_raises\.Source' \(ZeroDivisionError: "):
+        open_source(DataConfig(source="module_that_raises.Source"))
 
 
 def test_a_user_s_rows_have_to_be_rows() -> None:

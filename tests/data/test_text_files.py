@@ -50,8 +50,24 @@ def test_what_is_not_text_is_named_and_costs_its_file_only(tmp_path: Path, conte
     assert error.problems[0].where == f"{bad}{place}" and what in str(error)
 
 
-def test_an_unreadable_file_is_a_bad_row(tmp_path: Path) -> None:
-    (error,) = TextFiles([tmp_path / "gone.txt"], None).rows()
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize(("bad", "what"), [(b"\xff\xfe", "not UTF-8 (byte 0xff at offset {})"), (b"\0", "holds a NUL")])
+def test_what_is_not_text_costs_its_document_and_not_the_others(tmp_path: Path, start: bytes, bad: bytes, what: str) -> None:
+    """One byte of Latin-1 among a million documents took the whole file with it."""
+    file = tmp_path / "a.txt"
+    before = start + "öne\n===\n\ntwo\n".encode()
+    file.write_bytes(before + b"b" + bad + b"d\n===\nthree\n===\n" + bad)
+    first, second, third, fourth = TextFiles([file], r"={3}\n").rows()
+    assert isinstance(first, Row) and (first.origin, first.columns) == (f"{file}:1", {"text": "öne\n"})
+    assert isinstance(third, Row) and (third.origin, third.columns) == (f"{file}:7", {"text": "three\n"})
+    assert isinstance(second, RowError) and isinstance(fourth, RowError)
+    assert [error.problems[0].where for error in (second, fourth)] == [f"{file}:5", f"{file}:9"]
+    assert what.format(len(before) + 1) in str(second) and what.format(file.stat().st_size - len(bad)) in str(fourth)
+
+
+@pytest.mark.parametrize("separator", [None, "=+"])
+def test_an_unreadable_file_is_a_bad_row(tmp_path: Path, separator: str | None) -> None:
+    (error,) = TextFiles([tmp_path / "gone.txt"], separator).rows()
     assert isinstance(error, RowError) and "gone.txt: cannot be read (No such file" in str(error)
 
 
