@@ -10,11 +10,11 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 
-from .config import Config, build_config
+from .config import CacheCommand, Config, build_config
 from .errors import ConfigError, MiniDistillError, Preempted
 from .overrides import missing_preset, prepare_overrides, run_name
 
@@ -29,17 +29,17 @@ def config_dir() -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
 
 
-def run_command(task: str, config_name: str = "train") -> None:
+def run_command(task: str, config_name: str = "train", schema: type = Config) -> None:
     """The body of every verb: compose the command line's configuration, check it, run `task`, exit with its code.
 
-    `task` is `module:function`, imported only once the configuration is known to be good. Does not return; raises SystemExit with
+    The configuration is `configs/<config_name>.yaml` and has the shape of `schema`. `task` is `module:function`, imported only once the configuration is known to be good. Does not return; raises SystemExit with
     the exit code (0 finished, 2 configuration, 3 data, …; of a sweep, the highest of its jobs).
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us whole, instead of being printed by Hydra
     exit_codes = [0]
 
     def job(composed: DictConfig) -> None:
-        exit_codes.append(run_job(task, composed))
+        exit_codes.append(run_job(task, composed, schema))
         if exit_codes[-1] in (130, 143):
             sys.exit(exit_codes[-1])  # who stops a job does not want the sweep's next one to start
 
@@ -54,11 +54,11 @@ def run_command(task: str, config_name: str = "train") -> None:
     sys.exit(max(exit_codes))
 
 
-def run_job(task: str, composed: DictConfig) -> int:
+def run_job(task: str, composed: DictConfig, schema: type = Config) -> int:
     """One job of a command line or of a sweep: its exit code. Our own bugs are 1, with their traceback."""
     try:
-        config = build_config(composed)
-        if config.output_dir is None:
+        config = build_config(composed, schema)
+        if getattr(config, "output_dir", "") is None:
             config.output_dir = f"runs/{run_name(_job_overrides())}"
         module, function = task.split(":")
         getattr(importlib.import_module(module), function)(config)
@@ -72,7 +72,7 @@ def run_job(task: str, composed: DictConfig) -> int:
         return 1
 
 
-def load_config(overrides: Sequence[str] = (), config_name: str = "train") -> Config:
+def load_config(overrides: Sequence[str] = (), config_name: str = "train", schema: type = Config) -> Any:
     """The checked configuration that a command line with these overrides gives, for use from Python.
 
     Raises:
@@ -84,8 +84,8 @@ def load_config(overrides: Sequence[str] = (), config_name: str = "train") -> Co
     overrides = prepare_overrides(overrides, [config_dir()])
     with _one_line_errors([config_dir()]), initialize_config_dir(str(config_dir()), version_base="1.3"):
         composed = compose(config_name, overrides)
-    config: Config = build_config(composed)
-    if config.output_dir is None:
+    config = build_config(composed, schema)
+    if getattr(config, "output_dir", "") is None:
         config.output_dir = f"runs/{run_name(overrides)}"
     return config
 
@@ -145,7 +145,8 @@ def _store_contract() -> None:
     """Every setting with its default, under the presets, so that --help and --cfg show them all."""
     from hydra.core.config_store import ConfigStore
 
-    ConfigStore.instance().store(name="contract", node=OmegaConf.to_container(OmegaConf.structured(Config)))
+    for name, schema in (("contract", Config), ("cache_contract", CacheCommand)):
+        ConfigStore.instance().store(name=name, node=OmegaConf.to_container(OmegaConf.structured(schema)))
 
 
 def _job_overrides() -> list[str]:

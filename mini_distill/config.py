@@ -21,11 +21,18 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from .errors import ConfigError, Problem
 
-TEACHER_KINDS = ("embedded", "hf", "none")
+TEACHER_KINDS = ("embedded", "hf", "cached", "none")
 STUDENT_KINDS = ("scratch", "from_teacher", "hf")
 DATA_SOURCES = ("python_stdlib", "text", "jsonl", "hub", "mixture")
+CACHE_KINDS = ("sampled", "topk", "full", "hidden")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 UNKNOWN = "unknown setting"
+EVALUATION_METRICS = (
+    *(f"eval/{model}_{what}" for model in ("student", "teacher") for what in ("perplexity", "nll", "bits_per_byte", "ece")),
+    "eval/forward_kl",
+    "eval/reverse_kl",
+    "eval/top1_agreement",
+)
 FINGERPRINTS = ("tokenizer", "global_batch_size")  # compared on resuming besides the settings; resume_allow takes them too
 
 
@@ -46,13 +53,14 @@ def option(default: Any, help: str, **limits: Any) -> Any:
 class TeacherConfig:
     """The model whose distribution the student learns."""
 
-    kind: str = option("embedded", "embedded: the small model shipped in the package; hf: any causal LM that transformers loads; none", choices=TEACHER_KINDS)
+    kind: str = option("embedded", "embedded: the small model shipped in the package; hf: any causal LM that transformers loads; cached: nothing but cache_dir; none", choices=TEACHER_KINDS)
     path: str | None = option(None, "Folder or hub id of an hf teacher")
     revision: str | None = option(None, "Commit, tag or branch on the hub; pin it for a run that can be repeated")
     dtype: str = option("auto", "Weights in memory; auto: bfloat16 on an accelerator, float32 on a CPU (bfloat16 halves memory)", choices=DTYPES)
     device: str = option("auto", "auto: beside the student; else a torch device such as cuda:1 or cpu")
     attn_implementation: str | None = option(None, "sdpa, eager, flash_attention_2, …; null: what transformers picks")
     trust_remote_code: bool = option(False, "Run Python code from the repository; only with a pinned revision you have read")
+    cache_dir: str | None = option(None, "Train on the targets of this cache (python -m mini_distill.cache); a live teacher beside it only evaluates and initialises")
     gated: bool = option(False, "The hub repository asks for a licence and a token; only makes the error message say so")
 
 
@@ -119,6 +127,21 @@ class ObjectiveConfig:
     scale_by_temperature_squared: bool = option(True, "Multiply the divergence by T², so that its gradient keeps its size (Hinton et al. 2015)")
     kl_weight: float = option(0.5, "Weight of the divergence; 0 needs no teacher", at_least=0)
     ce_weight: float = option(0.5, "Weight of the cross-entropy with the data's own next token", at_least=0)
+    terms: dict[str, Any] = option({}, "Further terms: name -> {weight, kind, …}, see TermConfig; the kind is the name unless given")
+    schedules: dict[str, Any] = option({}, "Term's name, or ce -> {step: factor on its weight}, linear between the steps given, constant outside")
+    logits_memory_mib: float | None = option(None, "Budget for the logits that exist at once, student's and teacher's; null: 128 on a CPU, 1024 on a GPU. Changes no result", above=0)
+
+
+@dataclass
+class TermConfig:
+    """A further term of the objective: another divergence, or the matching of inner states of student and teacher."""
+
+    kind: str | None = option(None, "A divergence, or hidden_mse, hidden_cosine, relation_kl, attention_mse, attention_kl; null: the term's name")
+    weight: float = option(1.0, "Plain multiplier of the sum over supervised tokens", at_least=0)
+    options: dict[str, Any] = option({}, "Further arguments of its function, such as skew, or normalise")
+    temperature: float | None = option(None, "Of a divergence; null: objective.temperature", above=0)
+    layers: str | None = option(None, "Matching: uniform (spread over the teacher's blocks) or last; null: last", choices=("uniform", "last"))
+    layer_map: dict[Any, Any] = option({}, "Matching: student block -> teacher block, counted from 0, negative from the end; instead of layers")
 
 
 @dataclass
@@ -130,7 +153,7 @@ class TrainerConfig:
     grad_accum_steps: int = option(1, "Passes per optimizer step; a larger batch in the same memory", at_least=1)
     learning_rate: float = option(1e-3, "Peak learning rate of AdamW", above=0)
     schedule: str = option("cosine", "After the warm-up: cosine or linear to min_lr_ratio, wsd (constant, then linear at the end), constant", choices=("cosine", "linear", "wsd", "constant"))
-    warmup_steps: int = option(10, "Steps of linear warm-up from 0", at_least=0)
+    warmup_steps: int | None = option(None, "Steps of linear warm-up from 0; null: a tenth of max_steps, at most 500", at_least=0)
     min_lr_ratio: float = option(0.1, "Final over peak learning rate", at_least=0, at_most=1)
     decay_fraction: float = option(0.2, "Share of the steps that wsd decays over", above=0, at_most=1)
     weight_decay: float = option(0.1, "Of matrices; norms and biases are not decayed", at_least=0)
@@ -146,6 +169,23 @@ class TrainerConfig:
     log_every: int = option(1, "Period of the rows in metrics.jsonl", at_least=1)
     export: str = option("last", "Which weights become student/: the last, or the best by evaluation.best_metric", choices=("last", "best"))
     num_threads: int | None = option(None, "CPU threads of torch; null: torch's choice", at_least=1)
+
+
+@dataclass
+class CacheConfig:
+    """A teacher's targets, written down once (`python -m mini_distill.cache`)."""
+
+    dir: str | None = option(None, "Folder of the cache")
+    kind: str = option("sampled", "sampled: a few tokens that stand for all, unbiased; topk: the most likely, and the mass of the rest; full: all, in bfloat16; hidden: the input of the head, exact", choices=CACHE_KINDS)
+    k: int = option(32, "sampled: one over the probability from which a token is always kept, or the number of draws; topk: tokens kept", at_least=1, at_most=255)
+    sampling: str = option("threshold", "sampled: threshold (likely tokens exactly, the rest systematically), or draws (independent, with replacement)", choices=("threshold", "draws"))
+    proposal: float = option(1.0, "sampling=draws: draw from p^proposal, and correct by importance weights", above=0)
+    tail: str = option("bucket", "topk: the tokens not kept are one outcome (bucket), or share their mass evenly (spread)", choices=("bucket", "spread"))
+    temperature: float = option(1.0, "The temperature at which the targets are written; training has to use the same (any, for hidden)", above=0)
+    batch_size: int = option(16, "Sequences that the teacher scores at a time; changes no target but by rounding", at_least=1)
+    shard_sequences: int | None = option(None, "Sequences of a shard: what is made again when it is damaged or interrupted; null: about 64 MB", at_least=1)
+    seed: int = option(0, "Decides what is drawn", at_least=0, below=2**32)
+    num_verify: int = option(32, "cache verify: sequences scored again", at_least=1)
 
 
 @dataclass
@@ -189,6 +229,18 @@ class Config:
     resume: str = option("auto", "auto: go on from output_dir's newest good checkpoint; never: start anew, the old run is moved aside; or a checkpoint folder")
     resume_allow: list[str] = option([], "Settings that may differ from the run that is resumed, such as trainer.max_steps")
     debug: bool = option(False, "Show tracebacks of user errors too")
+
+
+@dataclass
+class CacheCommand:
+    """Everything `python -m mini_distill.cache` can be told."""
+
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    precision: str = option("auto", "Of the teacher's forward pass. bf16: autocast; fp32; auto: bf16 on an accelerator that has it", choices=("auto", "fp32", "bf16"))
+    num_threads: int | None = option(None, "CPU threads of torch; null: torch's choice", at_least=1)
+    debug: bool = option(False, "Show tracebacks of user errors too")
 # fmt: on
 
 
@@ -201,7 +253,7 @@ def build_config(composed: Mapping[str, Any] | DictConfig, schema: type = Config
     Raises:
         ConfigError: with one `Problem` per unknown key, wrong type, value out of range or impossible combination, all together.
     """
-    from .relations import check_relations
+    from .relations import check_cache_command, check_relations
 
     plain: Any = _resolved(composed) if isinstance(composed, DictConfig) else composed
     tree = deepcopy(_typed_tree(schema))
@@ -209,8 +261,8 @@ def build_config(composed: Mapping[str, Any] | DictConfig, schema: type = Config
     config: Any = _resolved(tree)
     wrong = {problem.where for problem in problems}
     problems += [problem for problem in _check_ranges(config, prefix="") if problem.where not in wrong]
-    if schema is Config and all(problem.what == UNKNOWN for problem in problems):  # relations mean something between good values
-        problems += check_relations(config)
+    if schema in (Config, CacheCommand) and all(problem.what == UNKNOWN for problem in problems):  # relations need good values
+        problems += check_relations(config) if schema is Config else check_cache_command(config)
     if problems:
         raise ConfigError.from_problems(problems)
     return config
@@ -319,6 +371,7 @@ def _parts(annotation: Any) -> list[str]:
 def _type_name(annotation: Any) -> str:
     words = {"int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false", "None": "null"}
     words |= {"list[str]": "a list of texts, such as [a,b]", "dict[str, Any]": "a mapping, such as {name: value}"}
+    words |= {"dict[Any, Any]": "a mapping, such as {0: 3}"}
     return " or ".join(words[part] for part in _parts(annotation))
 
 
@@ -358,7 +411,7 @@ def _check_limits(where: str, value: Any, limits: Mapping[str, Any]) -> Iterator
             yield Problem(where, f"got {value}, expected {words} {limits[name]}")
 
 
-# ------------------------------------------------------------------------------------------------------------------ mixtures
+# -------------------------------------------------------------------------------------------- groups within a mapping of names
 
 
 SETTINGS_OF_FORM = (
@@ -372,6 +425,38 @@ SETTINGS_OF_FORM = (
     "cache_dir",
     "num_workers",
 )
+
+
+@dataclass
+class TermOnly:
+    """A term by itself."""
+
+    term: TermConfig = field(default_factory=TermConfig)
+
+
+def objective_terms(objective: ObjectiveConfig) -> dict[str, TermConfig]:
+    """The further terms of an objective, each complete.
+
+    Raises:
+        ConfigError: with every problem in any of them.
+    """
+    terms, problems = {}, []
+    for name, values in objective.terms.items():
+        where = f"objective.terms.{name}"
+        if not isinstance(values, Mapping):
+            problems.append(Problem(where, f"got {shown(values)}, expected a mapping", "Give {weight: …, kind: …}."))
+            continue
+        try:
+            term: TermConfig = build_config({"term": values}, TermOnly).term
+        except ConfigError as error:
+            problems += [
+                Problem(where + p.where.removeprefix("term"), p.what, p.remedy.replace("'term.", f"'{where}.")) for p in error.problems
+            ]
+            continue
+        terms[name] = dataclasses.replace(term, kind=term.kind or name, temperature=term.temperature or objective.temperature)
+    if problems:
+        raise ConfigError.from_problems(problems)
+    return terms
 
 
 @dataclass

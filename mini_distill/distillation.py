@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
 import os
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,22 +17,26 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .config import Config, ObjectiveConfig, TeacherConfig
+from .config import Config
 from .data.loader import TrainingBatches, evaluation_batches
 from .data.prepare import PreparedData, prepare_data
 from .data.tokenizers import check_same_tokenizer, tokenizer_fingerprint, vocabulary_size
-from .errors import ConfigError, DistributedError, MiniDistillError, ModelError
+from .errors import DistributedError, MiniDistillError, ModelError
 from .evaluation.evaluator import Evaluator
-from .losses import divergences
 from .losses.objective import Objective
 from .models.head import LanguageModel, embedding_rows
 from .models.identity import weights_fingerprint
-from .models.loading import embedded_path, load_causal_lm, load_tokenizer
+from .models.loading import load_tokenizer
 from .models.packed_documents import check_documents_kept_apart
-from .students.build import build_student
+from .students.build import TeacherSizes, build_student
+from .teachers.cache_identity import digest
+from .teachers.cached import CachedTeacher
+from .teachers.load import load_teacher, load_teacher_tokenizer
 from .teachers.online import OnlineTeacher
+from .teachers.targets import Teacher
 from .training.checkpoint import Checkpoints, load_optimizer, optimizer_to_tensors
 from .training.fingerprints import compare_fingerprints
+from .training.objective import build_objective
 from .training.optimizer import build_optimizer
 from .training.progress import TrainingProgress
 from .training.run_folder import RunFolder
@@ -50,7 +53,8 @@ class Distillation:
         run: Its folder.
         accelerator: The processes and devices.
         tokenizer: Shared by teacher and student.
-        teacher: None when there is none.
+        teacher: Where the targets come from; None when there is none.
+        teacher_model: The live teacher, if it was loaded: a cache can stand in for it.
         language_model: The student, bare.
         student: The student as the processes wrap it; what a step calls.
         data: Training and held-out sequences.
@@ -69,7 +73,8 @@ class Distillation:
     run: RunFolder
     accelerator: Accelerator
     tokenizer: PreTrainedTokenizerBase
-    teacher: OnlineTeacher | None
+    teacher: Teacher | None
+    teacher_model: PreTrainedModel | None
     language_model: LanguageModel
     student: nn.Module
     data: PreparedData
@@ -130,10 +135,10 @@ class Distillation:
         """
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            optimizer_tensors, optimizer_state = optimizer_to_tensors(self.optimizer, self.student_model)
+            optimizer_tensors, optimizer_state = optimizer_to_tensors(self.optimizer, self.language_model)
             self.checkpoints.save(
                 step,
-                {"model": self.student_model.state_dict(), "optimizer": optimizer_tensors},
+                {"model": self.language_model.state_dict(), "optimizer": optimizer_tensors},
                 {
                     "step": step,
                     "optimizer": optimizer_state,
@@ -158,8 +163,8 @@ class Distillation:
             self.run.truncate_metrics(None)  # rows of a run that was killed before its first checkpoint
             return 0
         compare_fingerprints(checkpoint.state["fingerprints"], self.fingerprints, self.config.resume_allow)
-        self.student_model.load_state_dict(checkpoint.tensors("model"))
-        load_optimizer(self.optimizer, self.student_model, checkpoint.tensors("optimizer"), checkpoint.state["optimizer"])
+        self.language_model.load_state_dict(checkpoint.tensors("model"))
+        load_optimizer(self.optimizer, self.language_model, checkpoint.tensors("optimizer"), checkpoint.state["optimizer"])
         self.best, self.tokens_seen = checkpoint.state["best"], checkpoint.state["tokens_seen"]
         self.run.truncate_metrics(checkpoint.step)
         self.checkpoints.rewind(checkpoint.step)  # with resume=<folder> there may be later ones, of a way not taken
@@ -202,17 +207,25 @@ def naming_the_process() -> Iterator[None]:
 
 def prepare(config: Config, run: RunFolder, tracker: Tracker) -> Distillation:
     """Load, build and check everything, the cheap things first."""
-    accelerator = start_processes(config)
-    objective_function = load_divergence(config.objective)
-    teacher_model = load_teacher(config, accelerator.device)
+    accelerator = start_processes(config.trainer.precision, config.trainer.num_threads)
+    objective = build_objective(config.objective, config.trainer, on_gpu=accelerator.device.type == "cuda")
+    teacher_model = load_teacher(config.teacher, accelerator.device)
     tokenizer = load_shared_tokenizer(config)
+    objective.vocab_size = vocabulary_size(tokenizer)
     with accelerator.main_process_first():
         data = prepare_data(config.data, tokenizer, show_progress=accelerator.is_main_process)
 
-    student_model = build_student(config.student, teacher=teacher_model, tokenizer=tokenizer, seq_len=config.data.seq_len, seed=config.seed)
+    teacher, held_out_cache = open_teacher(config, teacher_model, data, tokenizer)
+    student_model = build_student(
+        config.student,
+        teacher=teacher_model,
+        tokenizer=tokenizer,
+        seq_len=config.data.seq_len,
+        seed=config.seed,
+        sizes=TeacherSizes(teacher.facts["embedding_rows"], teacher.facts["positions"]) if isinstance(teacher, CachedTeacher) else None,
+    )
     for where, model in (("teacher", teacher_model), ("student", student_model)):
         check_vocabulary(model, tokenizer, where)
-    teacher = OnlineTeacher(teacher_model) if teacher_model is not None else None
     language_model = LanguageModel(student_model.to(accelerator.device)).train()
     if config.data.packing:
         for where, model in (("teacher.path", teacher_model), ("student.path", student_model)):
@@ -228,6 +241,7 @@ def prepare(config: Config, run: RunFolder, tracker: Tracker) -> Distillation:
         accelerator=accelerator,
         tokenizer=tokenizer,
         teacher=teacher,
+        teacher_model=teacher_model,
         language_model=language_model,
         student=student,
         data=data,
@@ -241,9 +255,9 @@ def prepare(config: Config, run: RunFolder, tracker: Tracker) -> Distillation:
             num_workers=config.data.num_workers,
             pin_memory=accelerator.device.type == "cuda",
         ),
-        objective=build_objective(config.objective, objective_function, vocabulary_size(tokenizer)),
+        objective=objective,
         optimizer=build_optimizer(language_model, trainer),
-        evaluator=build_evaluator(config, accelerator, data, teacher_model, tokenizer, run.path),
+        evaluator=build_evaluator(config, accelerator, data, teacher_model, held_out_cache, tokenizer, run.path),
         checkpoints=checkpoints,
         tracker=tracker,
         fingerprints={
@@ -252,20 +266,20 @@ def prepare(config: Config, run: RunFolder, tracker: Tracker) -> Distillation:
             "data": data.fingerprint_parts,
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "teacher": weights_fingerprint(teacher_model) if teacher_model is not None else None,
+            "cache": digest(teacher.description["identity"]) if isinstance(teacher, CachedTeacher) else None,
         },
     )
 
 
-def start_processes(config: Config) -> Accelerator:
+def start_processes(precision: str, num_threads: int | None) -> Accelerator:
     """The process group, device and precision.
 
     Raises:
         DistributedError: more processes were launched than joined the group.
     """
-    if config.trainer.num_threads is not None:
-        torch.set_num_threads(config.trainer.num_threads)
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
     on_gpu = torch.cuda.is_available()
-    precision = config.trainer.precision
     if precision == "auto":
         precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
     AcceleratorState._reset_state()  # of another run in this process, as in a sweep: its precision is not ours
@@ -280,30 +294,22 @@ def start_processes(config: Config) -> Accelerator:
     return accelerator
 
 
-def load_teacher(config: Config, device: torch.device) -> PreTrainedModel | None:
-    """The teacher on its device, in its dtype; None for `teacher=none`."""
-    teacher = config.teacher
-    if teacher.kind == "none":
-        return None
-    dtype = teacher.dtype if teacher.dtype != "auto" else ("float32" if device.type == "cpu" else "bfloat16")
-    model = load_causal_lm(
-        teacher_path(teacher),
-        revision=teacher.revision,
-        dtype=dtype,
-        attn_implementation=teacher.attn_implementation,
-        trust_remote_code=teacher.trust_remote_code,
-        gated=teacher.gated,
-        where="teacher.path",
-    )
-    model.to(torch.device(device if teacher.device == "auto" else teacher.device))  # type: ignore[arg-type]
-    return model
+def open_teacher(
+    config: Config, model: PreTrainedModel | None, data: PreparedData, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Teacher | None, CachedTeacher | None]:
+    """Where the training's targets come from, and those of the held-out text where no live teacher gives them.
 
-
-def teacher_path(teacher: TeacherConfig) -> str:
-    """Folder or hub id of a teacher that there is."""
-    path = str(embedded_path()) if teacher.kind == "embedded" else teacher.path
-    assert path is not None
-    return path
+    Raises:
+        CacheError: the cache is damaged, incomplete, or of something else.
+    """
+    if config.teacher.cache_dir is None:
+        return (OnlineTeacher(model) if model is not None else None), None
+    wanted: dict[str, Any] = {"data": data.fingerprint_parts, "tokenizer": tokenizer_fingerprint(tokenizer)}
+    if model is not None:
+        wanted["teacher"] = {"weights": weights_fingerprint(model), "dtype": str(model.dtype).removeprefix("torch.")}
+    folder = Path(config.teacher.cache_dir).expanduser()
+    held_out = CachedTeacher(folder, wanted, "held_out") if model is None and data.held_out is not None else None
+    return CachedTeacher(folder, wanted), held_out
 
 
 def load_shared_tokenizer(config: Config) -> PreTrainedTokenizerBase:
@@ -319,9 +325,7 @@ def load_shared_tokenizer(config: Config) -> PreTrainedTokenizerBase:
         own = load_tokenizer(student.path, revision=student.revision, trust_remote_code=student.trust_remote_code, where="student.path")
     if teacher.kind == "none":
         return own if own is not None else load_tokenizer(str(student.tokenizer), where="student.tokenizer")
-    tokenizer = load_tokenizer(
-        teacher_path(teacher), revision=teacher.revision, trust_remote_code=teacher.trust_remote_code, where="teacher.path"
-    )
+    tokenizer = load_teacher_tokenizer(teacher)
     if own is not None:
         check_same_tokenizer(tokenizer, own, where="student.path")
     return tokenizer
@@ -345,42 +349,12 @@ def ready_to_train(language_model: LanguageModel, config: Config, accelerator: A
     return accelerator.prepare_model(language_model)
 
 
-def load_divergence(config: ObjectiveConfig) -> Callable[..., Tensor]:
-    """The divergence by name, or a user's own by import path.
-
-    Raises:
-        ConfigError: the import path leads nowhere.
-    """
-    if "." not in config.divergence:
-        return getattr(divergences, config.divergence)
-    module, _, name = config.divergence.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            "objective.divergence", f"cannot import '{config.divergence}' ({error})", "Give package.module.function."
-        ) from error
-
-
-def build_objective(config: ObjectiveConfig, divergence: Callable[..., Tensor], vocab_size: int) -> Objective:
-    """The loss of the configuration over the tokenizer's own vocabulary."""
-    return Objective(
-        divergence,
-        config.divergence.rsplit(".", 1)[-1],
-        config.divergence_options,
-        vocab_size=vocab_size,
-        temperature=config.temperature,
-        scale_by_temperature_squared=config.scale_by_temperature_squared,
-        kl_weight=config.kl_weight,
-        ce_weight=config.ce_weight,
-    )
-
-
 def build_evaluator(
     config: Config,
     accelerator: Accelerator,
     data: PreparedData,
     teacher: PreTrainedModel | None,
+    cached: CachedTeacher | None,
     tokenizer: PreTrainedTokenizerBase,
     output_dir: Path,
 ) -> Evaluator | None:
@@ -400,6 +374,7 @@ def build_evaluator(
         held_out=held_out,
         batches=batches,
         teacher=teacher,
+        cached=cached,
         tokenizer=tokenizer,
         device=accelerator.device,
         autocast=accelerator.autocast,

@@ -60,6 +60,12 @@ class ModelError(MiniDistillError):
     exit_code = 4
 
 
+class CacheError(MiniDistillError):
+    """A cache of teacher targets is damaged, incomplete, or of something else."""
+
+    exit_code = 5
+
+
 class StorageError(MiniDistillError):
     """The output folder cannot be written, is in use, or holds damaged files."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import re
@@ -11,20 +12,24 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from .config import (
+    EVALUATION_METRICS,
     FINGERPRINTS,
+    CacheCommand,
+    CacheConfig,
     Config,
     DataConfig,
     DataOnly,
-    ObjectiveConfig,
     StudentConfig,
     TeacherConfig,
+    TermConfig,
     build_config,
     did_you_mean,
     known_keys,
+    objective_terms,
     shown,
 )
 from .errors import ConfigError, Problem
-from .losses.catalogue import divergence_parameters
+from .losses.catalogue import divergence_parameters, matching_parameters
 
 
 def check_relations(config: Config) -> list[Problem]:
@@ -33,29 +38,67 @@ def check_relations(config: Config) -> list[Problem]:
         *_check_models(config.teacher, config.student),
         *_check_heads(config.student),
         *check_data(config.data, "data"),
-        *_check_objective(config.objective, config.teacher),
+        *_check_objective(config),
         *_check_trainer(config),
     ]
 
 
+def check_cache_command(command: CacheCommand) -> list[Problem]:
+    """The same for `python -m mini_distill.cache`."""
+    return [*_check_model("teacher", command.teacher), *check_data(command.data, "data"), *_check_cache(command)]
+
+
+def _check_cache(command: CacheCommand) -> Iterator[Problem]:
+    cache = command.cache
+    if cache.dir is None:
+        yield Problem("cache.dir", "missing", "Give the folder of the cache.")
+    if command.teacher.kind in ("none", "cached") or command.teacher.cache_dir:
+        yield Problem("teacher", "nobody to ask", "Choose teacher=embedded or teacher=hf, without teacher.cache_dir.")
+    belongs = {
+        "sampling": ["sampled"],
+        "proposal": ["sampled"],
+        "tail": ["topk"],
+        "k": ["sampled", "topk"],
+        "temperature": ["sampled", "topk", "full"],
+    }
+    for name, kinds in belongs.items():
+        if cache.kind not in kinds and getattr(cache, name) != getattr(CacheConfig(), name):
+            yield Problem(f"cache.{name}", f"given, and cache.kind is {cache.kind}", f"It belongs to {' and '.join(kinds)}.")
+    if cache.proposal != 1 and cache.sampling != "draws":
+        yield Problem("cache.proposal", f"got {cache.proposal}, and cache.sampling is {cache.sampling}", "Set cache.sampling=draws.")
+
+
 def _check_models(teacher: TeacherConfig, student: StudentConfig) -> Iterator[Problem]:
-    for where, part in (("teacher", teacher), ("student", student)):
-        if part.kind == "hf" and part.path is None:
-            yield Problem(f"{where}.path", f"missing, and {where}.kind is hf", "Give a folder or a hub id.")
-        elif part.path is not None and part.kind == "hf":
-            yield from check_local_path(f"{where}.path", part.path)
-        elif part.path is not None:
-            yield Problem(f"{where}.path", f"given, and {where}.kind is {part.kind}", f"Choose {where}=hf.")
-        if part.trust_remote_code and part.revision is None and not os.path.isdir(os.path.expanduser(part.path or "")):
-            yield Problem(
-                f"{where}.trust_remote_code", "true without a pinned revision", f"Set {where}.revision to a commit you have read."
-            )
+    yield from _check_model("teacher", teacher)
+    yield from _check_model("student", student)
     if teacher.kind == "none" and student.kind == "from_teacher":
         yield Problem("student.kind", "from_teacher, and there is no teacher", "Choose a teacher, or student=mini_2m.")
+    if teacher.kind == "cached" and student.kind == "from_teacher":
+        remedy = "Choose student=mini_2m, or name the teacher itself besides teacher.cache_dir."
+        yield Problem("student.kind", "from_teacher, and a cache has no layers", remedy)
+    if teacher.kind == "cached" and teacher.cache_dir is None:
+        yield Problem(
+            "teacher.cache_dir", "missing, and teacher.kind is cached", "Give the folder that python -m mini_distill.cache wrote."
+        )
+    if teacher.kind == "none" and teacher.cache_dir is not None:
+        yield Problem("teacher.cache_dir", "given, and teacher.kind is none", "Choose teacher=cached.")
+    if teacher.cache_dir is not None:
+        yield from check_local_path("teacher.cache_dir", teacher.cache_dir, is_local=True)
     if teacher.kind == "none" and student.kind == "scratch" and student.tokenizer is None:
         yield Problem("student.tokenizer", "missing, and there is no teacher to take one from", "Give the folder or hub id of a tokenizer.")
     if teacher.kind != "none" and student.tokenizer is not None:
         yield Problem("student.tokenizer", "given, and the student uses the teacher's", "Leave it out, or set teacher=none.")
+
+
+def _check_model(where: str, part: TeacherConfig | StudentConfig) -> Iterator[Problem]:
+    if part.kind == "hf" and part.path is None:
+        yield Problem(f"{where}.path", f"missing, and {where}.kind is hf", "Give a folder or a hub id.")
+    elif part.path is not None and part.kind == "hf":
+        yield from check_local_path(f"{where}.path", part.path)
+    elif part.path is not None:
+        yield Problem(f"{where}.path", f"given, and {where}.kind is {part.kind}", f"Choose {where}=hf.")
+    if part.trust_remote_code and part.revision is None and not os.path.isdir(os.path.expanduser(part.path or "")):
+        yield Problem(f"{where}.trust_remote_code", "true without a pinned revision", f"Set {where}.revision to a commit you have read.")
 
 
 def check_local_path(where: str, path: str, is_local: bool = False) -> Iterator[Problem]:
@@ -183,34 +226,132 @@ def _check_mixture(data: DataConfig, where: str) -> Iterator[Problem]:
             yield from check_data(part, part_path)
 
 
-def _check_objective(objective: ObjectiveConfig, teacher: TeacherConfig) -> Iterator[Problem]:
-    if objective.kl_weight == 0 and objective.ce_weight == 0:
-        yield Problem("objective.kl_weight", "0, and objective.ce_weight is 0 too: nothing would be learnt", "Give one of them a weight.")
-    if objective.kl_weight > 0 and teacher.kind == "none":
-        yield Problem("objective.kl_weight", f"got {objective.kl_weight}, and there is no teacher", "Choose a teacher, or objective=ce.")
-    known = divergence_parameters()
-    if "." in objective.divergence:
-        return  # the user's own function: checked when it is imported
-    if objective.divergence not in known:
-        remedy = did_you_mean(objective.divergence, list(known)) or f"Known: {', '.join(known)}."
-        yield Problem("objective.divergence", f"no divergence called {shown(objective.divergence)}", remedy)
+def _check_objective(config: Config) -> Iterator[Problem]:
+    objective = config.objective
+    try:
+        terms = objective_terms(objective)
+    except ConfigError as error:
+        yield from error.problems
         return
-    for name in objective.divergence_options:
-        if name not in known[objective.divergence]:
-            takes = ", ".join(known[objective.divergence]) or "no options"
+    weights = {"kl_weight": objective.kl_weight, **{f"terms.{name}.weight": term.weight for name, term in terms.items()}}
+    if not any(weights.values()) and objective.ce_weight == 0:
+        yield Problem("objective.kl_weight", "0, and objective.ce_weight is 0 too: nothing would be learnt", "Give one of them a weight.")
+    for name, weight in weights.items():
+        if weight > 0 and config.teacher.kind == "none":
+            yield Problem(f"objective.{name}", f"got {weight}, and there is no teacher", "Choose a teacher, or objective=ce.")
+    if "." not in objective.divergence:  # the user's own function is checked when it is imported
+        known = divergence_parameters()
+        yield from _check_kind(objective.divergence, "objective.divergence", "divergence", known)
+        yield from _check_options(objective.divergence_options, objective.divergence, "objective.divergence_options", known)
+    for name, term in terms.items():
+        yield from _check_term(term, f"objective.terms.{name}", config)
+    first = objective.divergence.rpartition(".")[2]
+    if taken := set(terms) & {"ce", "loss", first}:
+        yield Problem(f"objective.terms.{min(taken)}", "has the name of another term", "Choose a name of its own, and set its kind.")
+    if config.teacher.cache_dir is not None:
+        yield from _check_cached(config)
+    for name, points in objective.schedules.items():
+        yield from _check_schedule(name, points, [first, "ce", *terms])
+
+
+def _check_cached(config: Config) -> Iterator[Problem]:
+    """What the targets of a cache cannot give, as far as its description tells."""
+    folder = config.teacher.cache_dir
+    try:
+        cache = json.loads((Path(os.path.expanduser(str(folder))) / "cache.json").read_text(encoding="utf-8"))["cache"]
+        kind, temperature = cache["kind"], cache["temperature"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # said, with what to do, where the cache is opened
+    objective, terms = config.objective, objective_terms(config.objective)
+    compared = {"objective": (objective.divergence, objective.temperature, objective.kl_weight)}
+    compared |= {f"objective.terms.{name}": (str(term.kind), term.temperature or 1.0, term.weight) for name, term in terms.items()}
+    for where, (name, at, weight) in compared.items():
+        setting = f"{where}.divergence" if where == "objective" else f"{where}.kind"
+        if weight == 0:
+            continue
+        if name in matching_parameters():
+            yield Problem(setting, f"{name} looks into the teacher, and there is only a cache", "Leave out teacher.cache_dir.")
+        elif kind == "sampled" and name != "forward_kl":
+            what = f"{name} from sampled targets is biased: only the forward KL is linear in the teacher's distribution"
+            yield Problem(setting, what, "Use objective=forward_kl, or build the cache with cache.kind=hidden, full or topk.")
+        elif kind != "hidden" and at != temperature:
+            what = f"got {at}, and the cache was written at temperature {temperature}"
+            yield Problem(f"{where}.temperature", what, f"Train at {temperature}, or build the cache with cache.temperature={at}.")
+
+
+def _check_term(term: TermConfig, where: str, config: Config) -> Iterator[Problem]:
+    assert term.kind is not None
+    divergences, matching = divergence_parameters(), matching_parameters()
+    if "." not in term.kind:
+        yield from _check_kind(term.kind, f"{where}.kind", "term", divergences | matching)
+        yield from _check_options(term.options, term.kind, f"{where}.options", divergences | matching)
+    if term.kind in matching:
+        yield from _check_matching(term, where, config)
+        return
+    for name in ("layers", "layer_map"):
+        if getattr(term, name):
+            yield Problem(f"{where}.{name}", f"given, and {term.kind} compares what comes out of the models", "Leave it out.")
+
+
+def _check_matching(term: TermConfig, where: str, config: Config) -> Iterator[Problem]:
+    if term.layers and term.layer_map:
+        yield Problem(f"{where}.layer_map", f"given together with {where}.layers", "Name one.")
+    for student, teacher in term.layer_map.items():
+        if not _is_whole(student) or not _is_whole(teacher):
             yield Problem(
-                f"objective.divergence_options.{name}",
-                f"{objective.divergence} takes {takes}",
-                did_you_mean(name, list(known[objective.divergence])),
+                f"{where}.layer_map", f"got {shown({student: teacher})}, expected whole numbers", "Give {student block: teacher block}."
             )
+    if str(term.kind).startswith("attention"):
+        for group, part in (("teacher", config.teacher), ("student", config.student)):
+            if part.attn_implementation != "eager":
+                yield Problem(
+                    f"{group}.attn_implementation",
+                    f"got {shown(part.attn_implementation)}, and {where} looks at attention probabilities",
+                    f"Set {group}.attn_implementation=eager; relation_kl needs no such thing.",
+                )
+
+
+def _check_kind(kind: str, where: str, what: str, known: Mapping[str, tuple[str, ...]]) -> Iterator[Problem]:
+    if kind not in known:
+        yield Problem(where, f"no {what} called {shown(kind)}", did_you_mean(kind, list(known)) or f"Known: {', '.join(known)}.")
+
+
+def _check_options(options: Mapping[str, object], kind: str, where: str, known: Mapping[str, tuple[str, ...]]) -> Iterator[Problem]:
+    for name in options:
+        if kind in known and name not in known[kind]:
+            yield Problem(
+                f"{where}.{name}", f"{kind} takes {', '.join(known[kind]) or 'no options'}", did_you_mean(name, list(known[kind]))
+            )
+
+
+def _check_schedule(name: str, points: object, terms: list[str]) -> Iterator[Problem]:
+    where = f"objective.schedules.{name}"
+    if name not in terms:
+        yield Problem(where, "no term of that name", did_you_mean(name, terms) or f"Terms: {', '.join(terms)}.")
+    if not isinstance(points, Mapping) or not points:
+        yield Problem(where, f"got {shown(points)}, expected a mapping", "Give {step: factor}, such as {0: 1, 1000: 0.1}.")
+        return
+    for step, factor in points.items():
+        good_factor = isinstance(factor, int | float) and not isinstance(factor, bool) and 0 <= factor < math.inf
+        if not _is_whole(step) or int(step) < 0 or not good_factor:
+            yield Problem(where, f"got {shown({step: factor})}, expected a step and a factor of at least 0", "Give {0: 1, 1000: 0.1}.")
+
+
+def _is_whole(value: object) -> bool:
+    """Also for the keys of a mapping typed on the command line, which are texts."""
+    return isinstance(value, int | str) and not isinstance(value, bool) and re.fullmatch(r"-?\d{1,9}", str(value)) is not None
 
 
 def _check_trainer(config: Config) -> Iterator[Problem]:
     trainer = config.trainer
-    if trainer.warmup_steps >= trainer.max_steps:
+    if trainer.warmup_steps is not None and trainer.warmup_steps >= trainer.max_steps:
         yield Problem("trainer.warmup_steps", f"got {trainer.warmup_steps}, expected less than trainer.max_steps={trainer.max_steps}")
     if trainer.export == "best" and trainer.eval_every is None:
         yield Problem("trainer.export", "best, and only the last step is evaluated", "Set trainer.eval_every, or trainer.export=last.")
+    best = config.evaluation.best_metric
+    if not config.evaluation.hooks and best not in EVALUATION_METRICS:
+        remedy = did_you_mean(best, list(EVALUATION_METRICS)) or f"Known: {', '.join(EVALUATION_METRICS)}, and those of your hooks."
+        yield Problem("evaluation.best_metric", f"no metric called {shown(best)}", remedy)
     flash = [
         w for w, part in (("teacher", config.teacher), ("student", config.student)) if (part.attn_implementation or "").startswith("flash")
     ]

@@ -19,6 +19,7 @@ from .evaluation.table import build_summary, format_table
 from .models.head import embedding_rows
 from .models.loading import quiet
 from .storage import atomic_folder
+from .teachers.cached import CachedTeacher
 
 
 def already_finished(d: Distillation, last_step: int) -> dict[str, Any] | None:
@@ -65,7 +66,7 @@ def export_weights(d: Distillation) -> int:
     best = int(d.best.get("step", last))
     if d.config.trainer.export == "best" and best != last:
         checkpoint = d.checkpoints.at(d.checkpoints.folder / f"step-{best:08d}")
-        d.student_model.load_state_dict(checkpoint.tensors("model"))
+        d.language_model.load_state_dict(checkpoint.tensors("model"))
         return best
     return last
 
@@ -99,7 +100,7 @@ def write_samples(d: Distillation) -> list[Sample]:
     """Teacher and student on the same prompts."""
     if d.evaluator is None or d.config.evaluation.num_samples == 0 or not d.accelerator.is_main_process:
         return []
-    models = {"teacher": d.teacher.model if d.teacher else None, "student": d.student_model}
+    models = {"teacher": d.teacher_model, "student": d.student_model}
     return d.evaluator.samples({name: model for name, model in models.items() if model is not None}, d.config.seed)
 
 
@@ -112,12 +113,13 @@ def show(d: Distillation, summary: dict[str, Any], samples: list[Sample]) -> Non
 
 
 def _facts(d: Distillation, exported_step: int) -> dict[str, Any]:
-    models = {"student": d.student_model} | ({"teacher": d.teacher.model} if d.teacher else {})
+    models = {"student": d.student_model} | ({"teacher": d.teacher_model} if d.teacher_model is not None else {})
     facts: dict[str, Any] = {
         "train/steps": d.config.trainer.max_steps,
         "train/exported_step": exported_step,
         "train/tokens_seen": d.tokens_seen,
         **{f"model/{name}_parameters": num_parameters(model) for name, model in models.items()},
+        **({"model/teacher_parameters": d.teacher.facts["parameters"]} if isinstance(d.teacher, CachedTeacher) else {}),
         **{f"data/{key}": value for key, value in d.data.report.items() if isinstance(value, int | float)},
     }
     if d.data.held_out is not None:

@@ -342,10 +342,11 @@ def check_writable(path: Path | str, needed_bytes: int = 0) -> None:
         free = shutil.disk_usage(path).free
     if free < needed_bytes:
         remedy = "Free some space, choose another folder, or lower trainer.keep_checkpoints."
-        raise StorageError(str(path), f"{_size(free)} of free space, expected at least {_size(needed_bytes)}", remedy)
+        raise StorageError(str(path), f"{size_text(free)} of free space, expected at least {size_text(needed_bytes)}", remedy)
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
+    """Bytes for people: 31.4 MB."""
     units = ["bytes", "kB", "MB", "GB", "TB"]
     while count >= 1000 and len(units) > 1:
         count /= 1000

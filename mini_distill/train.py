@@ -29,7 +29,7 @@ from .losses.objective import Objective, ObjectiveSums
 from .losses.reduction import count_valid_tokens, supervised_targets
 from .models.head import output_head
 from .result import already_finished, write_result
-from .teachers.online import OnlineTeacher
+from .teachers.targets import Teacher
 from .training.numerics import add_terms, check_finite, clip_gradient, memory_errors, step_metrics
 from .training.optimizer import learning_rate, set_learning_rate
 from .training.randomness import seed_step
@@ -131,7 +131,7 @@ def optimizer_step(d: Distillation, micro_batches: list[Batch], step: int, stop_
 
 
 def distill_step(
-    student: nn.Module, teacher: OnlineTeacher | None, batch: Batch, objective: Objective, autocast: Any = nullcontext
+    student: nn.Module, teacher: Teacher | None, batch: Batch, objective: Objective, autocast: Any = nullcontext
 ) -> ObjectiveSums:
     """Teacher and student meet on the same batch: this is knowledge distillation.
 
@@ -149,7 +149,7 @@ def distill_step(
         Sums over the batch's supervised tokens, not yet divided by their number.
     """
     with autocast():
-        teacher_targets = teacher(batch) if teacher is not None and objective.needs_teacher else None  # (supervised, teacher hidden)
+        teacher_targets = teacher(batch) if teacher is not None and objective.needs_teacher else None  # at the supervised positions
         student_hidden = student(batch)  # (supervised, hidden)
         # From here both distributions are made and compared a few tokens at a time: losses/divergences.py has the formulas.
         return objective.fused(student_hidden, output_head(student), teacher_targets, supervised_targets(batch.labels))

@@ -123,7 +123,7 @@ def test_a_good_configuration_does_reach_the_import_of_torch(without_torch: Call
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["teacher=lama3"], r"teacher: no preset 'lama3' \(choices: embedded, .*, smollm2_1_7b\)\. Did you mean 'llama3_8b'\?"),
+        (["teacher=lama3"], r"teacher: no preset 'lama3' \(choices: cached, .*, smollm2_1_7b\)\. Did you mean 'llama3_8b'\?"),
         (["trainer.max_step=3"], r"trainer\.max_step: unknown setting\. Did you mean 'trainer\.max_steps'\?"),
         (["+typo=1"], r"typo: unknown setting\. Known here: teacher, .*"),
         (["++typo.x=1"], r"typo: unknown setting\. .*"),

@@ -57,6 +57,32 @@ CONTRADICTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("objective.divergence", {"objective": {"divergence": "zzz"}}, "Known: forward_kl, reverse_kl"),
     ("objective.divergence_options.jsd_bta", {"objective": {"divergence": "jsd", "divergence_options": {"jsd_bta": 0.5}}}, "'jsd_beta'"),
     ("objective.divergence_options.jsd_beta", {"objective": {"divergence_options": {"jsd_beta": 0.5}}}, "forward_kl takes no options"),
+    ("objective.terms.jsd", {"objective": {"terms": {"jsd": 3}}}, "expected a mapping"),
+    ("objective.terms.jsd.wieght", {"objective": {"terms": {"jsd": {"wieght": 3}}}}, "weight"),
+    ("objective.terms.jsd.weight", {"objective": {"terms": {"jsd": {"weight": -1}}}}, "at least 0"),
+    ("objective.terms.x.kind", {"objective": {"terms": {"x": {}}}}, "Known: forward_kl"),
+    ("objective.terms.x.kind", {"objective": {"terms": {"x": {"kind": "hidden_msc"}}}}, "Did you mean 'hidden_mse'?"),
+    ("objective.terms.jsd.options.jsd_bta", {"objective": {"terms": {"jsd": {"options": {"jsd_bta": 1}}}}}, "jsd_beta"),
+    ("objective.terms.jsd.layers", {"objective": {"terms": {"jsd": {"layers": "last"}}}}, "what comes out of the models"),
+    ("objective.terms.forward_kl", {"objective": {"terms": {"forward_kl": {}}}}, "name of another term"),
+    ("objective.terms.ce", {"objective": {"terms": {"ce": {"kind": "jsd"}}}}, "name of another term"),
+    ("objective.terms.hidden_mse.layer_map", {"objective": {"terms": {"hidden_mse": {"layers": "last", "layer_map": {0: 1}}}}}, "Name one"),
+    ("objective.terms.hidden_mse.layer_map", {"objective": {"terms": {"hidden_mse": {"layer_map": {"a": 1}}}}}, "whole numbers"),
+    (
+        "student.attn_implementation",
+        {"teacher": {"attn_implementation": "eager"}, "objective": {"terms": {"attention_kl": {}}}},
+        "relation_kl",
+    ),
+    (
+        "objective.terms.jsd.weight",
+        {**NO_TEACHER, "student": {"kind": "hf", "path": "a/b"}, "objective": {"kl_weight": 0, "terms": {"jsd": {}}}},
+        "no teacher",
+    ),
+    ("objective.schedules.jsd", {"objective": {"schedules": {"jsd": {0: 1}}}}, "Terms: forward_kl, ce"),
+    ("objective.schedules.ce", {"objective": {"schedules": {"ce": 0.5}}}, "expected a mapping"),
+    ("objective.schedules.ce", {"objective": {"schedules": {"ce": {0: -1}}}}, "factor of at least 0"),
+    ("objective.schedules.ce", {"objective": {"schedules": {"ce": {"x": 1}}}}, "expected a step"),
+    ("evaluation.best_metric", {"evaluation": {"best_metric": "eval/student_perplexiti"}}, "Did you mean 'eval/student_perplexity'?"),
     ("trainer.warmup_steps", {"trainer": {"max_steps": 5, "warmup_steps": 5}}, "less than trainer.max_steps=5"),
     ("trainer.export", {"trainer": {"export": "best"}}, "trainer.eval_every"),
     ("teacher.attn_implementation", {"teacher": {"attn_implementation": "flash_attention_2"}}, "trainer.micro_batch_size=1"),
@@ -90,6 +116,11 @@ GOOD: list[dict[str, Any]] = [
     {"data": {"source": "my_package.Source", "path": "anything", "split": "mine"}},
     {"objective": {"divergence": "my_package.divergence", "divergence_options": {"anything": 1}}},
     {"objective": {"kl_weight": 0}},
+    {"objective": {"terms": {"jsd": {"weight": 0.1, "options": {"jsd_beta": 0.2}}, "mine": {"kind": "my_package.divergence"}}}},
+    {"objective": {"kl_weight": 0, "ce_weight": 0, "terms": {"hidden_mse": {"layers": "uniform"}, "r": {"kind": "relation_kl"}}}},
+    {"objective": {"terms": {"hidden_mse": {"layer_map": {0: 3, "1": -1}}}, "schedules": {"ce": {0: 1, "100": 0}, "hidden_mse": {5: 0.5}}}},
+    {"evaluation": {"best_metric": "mine", "hooks": ["my_package.hook"]}},
+    {"trainer": {"max_steps": 1}},
     {"trainer": {"export": "best", "eval_every": 10}},
     {"trainer": {"micro_batch_size": 1}, "student": {"attn_implementation": "flash_attention_2"}},
     {"resume_allow": ["trainer.max_steps", "data", "tokenizer", "global_batch_size"]},
@@ -103,7 +134,12 @@ def test_what_fits_together_is_let_through(settings: dict[str, Any]) -> None:
 
 
 def test_contradictions_of_several_groups_are_reported_together() -> None:
-    settings = {"teacher": {"kind": "hf"}, "data": {"source": "text"}, "trainer": {"max_steps": 1}, "objective": {"divergence": "kl"}}
+    settings = {
+        "teacher": {"kind": "hf"},
+        "data": {"source": "text"},
+        "trainer": {"max_steps": 1, "warmup_steps": 1},
+        "objective": {"divergence": "kl"},
+    }
     with pytest.raises(ConfigError) as raised:
         build_config(settings)
     assert {p.where for p in raised.value.problems} == {"teacher.path", "data.path", "trainer.warmup_steps", "objective.divergence"}

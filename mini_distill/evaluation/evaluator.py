@@ -19,9 +19,10 @@ from ..data.tokenizers import vocabulary_size
 from ..errors import DataError
 from ..losses.reduction import loss_mask, supervised_targets
 from ..models.head import LanguageModel
+from ..teachers.cached import CachedTeacher
 from .hooks import EvaluationContext, load_hooks, run_hooks
 from .isolation import without_side_effects
-from .language_model import Sums, add, measure, metrics, nothing, over_all_processes
+from .language_model import Sums, add, measure, measure_cached, metrics, nothing, nothing_cached, over_all_processes
 from .samples import Sample, side_by_side
 
 MAX_CHUNK_TOKENS = 1024
@@ -37,6 +38,7 @@ class Evaluator:
         held_out: The held-out sequences, for the prompts of the samples.
         batches: Makes a fresh iterator over this process's evaluation batches.
         teacher: The teacher, or None.
+        cached: Its targets of the held-out sequences, where there is a cache instead of a teacher.
         tokenizer: The tokenizer of both models. Its length is the number of real tokens: columns beyond it pad an embedding
             and get no probability.
         device: Where the student is.
@@ -63,10 +65,12 @@ class Evaluator:
         gather_sum: Callable[[Tensor], Tensor],
         show_progress: bool,
         output_dir: Path | None = None,
+        cached: CachedTeacher | None = None,
     ) -> None:
         self.config, self.held_out, self.batches = config, held_out, batches
         self.teacher, self.tokenizer, self.device = teacher, tokenizer, torch.device(device)
         self.autocast, self.gather_sum, self.show_progress, self.output_dir = autocast, gather_sum, show_progress, output_dir
+        self.cached = cached
         self.hooks = load_hooks(config.hooks)
 
     def __call__(self, student: PreTrainedModel, step: int) -> dict[str, float]:
@@ -98,7 +102,7 @@ class Evaluator:
         """This process's totals over its batches."""
         student_lm = LanguageModel(student, "student")
         teacher_lm = None if self.teacher is None else LanguageModel(self.teacher, "teacher")
-        total = nothing(self.teacher is not None, self.device)
+        total = self._nothing()
         with self.autocast():
             for batch in self._progress(islice(self.batches(), self.config.max_batches)):
                 for sums in self._measure(student_lm, teacher_lm, batch.to(self.device)):
@@ -117,10 +121,26 @@ class Evaluator:
         targets = supervised_targets(batch.labels).split(size)
         student_hidden = student.hidden(batch).split(size)
         teacher_hidden = () if teacher is None else teacher.hidden(batch.to(_device(teacher))).split(size)
+        cached = None if self.cached is None else self.cached(batch)
+        about_teacher = None if self.cached is None else self.cached.about_teacher(batch)
         for i, hidden in enumerate(student_hidden):
             student_logits = student.head.logits(hidden)[:, :vocab]
+            rows = slice(i * size, i * size + len(hidden))
+            if about_teacher is not None:
+                assert cached is not None
+                about = {name: values[rows] for name, values in about_teacher.items()}
+                yield measure_cached(student_logits, cached.rows(rows, vocab), about, targets[i], num_bytes[i])
+                continue
             teacher_logits = None if teacher is None else teacher.head.logits(teacher_hidden[i])[:, :vocab].to(self.device)
+            if cached is not None:
+                teacher_logits = cached.rows(rows, vocab)
             yield measure(student_logits, teacher_logits, targets[i], num_bytes[i])
+
+    def _nothing(self) -> Sums:
+        """The sums over no token at all, in the layout that every process shares."""
+        if self.cached is not None and not self.cached.is_dense:
+            return nothing_cached(self.cached.nothing(), self.device)
+        return nothing(self.teacher is not None or self.cached is not None, self.device)
 
     def _real_vocab(self, *models: LanguageModel | None) -> int:
         """Columns of the logits that are tokens for everybody: the rest pads an embedding to a round size."""

@@ -12,6 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..losses.divergences import forward_kl
+from ..losses.sparse import SampledRows, SparseRows
+from ..teachers.cached import ABOUT_TEACHER
 from .calibration import calibration_gaps, expected_calibration_error
 
 Sums = dict[str, Tensor]
@@ -51,6 +54,32 @@ def measure(student_logits: Tensor, teacher_logits: Tensor | None, targets: Tens
     }
 
 
+def measure_cached(student_logits: Tensor, rows: SparseRows, about_teacher: dict[str, Tensor], targets: Tensor, num_bytes: Tensor) -> Sums:
+    """The same against a teacher of whom a cache keeps a few entries of each token, and the rest in numbers.
+
+    The forward KL is there for sampled rows, whose estimate of it is unbiased, and the reverse KL never.
+
+    Args:
+        student_logits: `(tokens, vocab)`, real columns only.
+        rows: The teacher's entries.
+        about_teacher: `target_log_prob`, `top_log_prob`, `top_id`, `exact_entropy`, `(tokens,)` each.
+        targets: `(tokens,)`.
+        num_bytes: `(tokens,)`.
+    """
+    student = student_logits.float().log_softmax(-1)
+    top_id = about_teacher["top_id"].to(targets)
+    gaps = calibration_gaps(_wide(about_teacher["top_log_prob"]).exp(), _wide(top_id == targets))
+    sums = measure(student_logits, None, targets, num_bytes) | {
+        "teacher_nll": -_wide(about_teacher["target_log_prob"]).sum(),
+        "teacher_calibration": gaps,
+        "top1_agreement": _wide(student.argmax(-1) == top_id).sum(),
+    }
+    if isinstance(rows, SampledRows):
+        estimate = rows.compare("forward_kl", forward_kl, student, {}) + rows.entropy.to(student)  # the exact entropy is known here
+        sums["forward_kl"] = (_wide(estimate) - _wide(about_teacher["exact_entropy"])).sum()
+    return sums
+
+
 def _measure_one(name: str, log_probs: Tensor, targets: Tensor) -> Sums:
     nll = -log_probs.gather(-1, targets[:, None])[:, 0]  # (tokens,)
     top_log_prob, top_token = log_probs.max(-1)
@@ -71,9 +100,14 @@ def _wide(values: Tensor) -> Tensor:
 
 def nothing(with_teacher: bool, device: torch.device | str = "cpu") -> Sums:
     """The sums over no token at all, in the layout that every process shares."""
-    none = torch.zeros(0, dtype=torch.int64, device=device)
-    logits = torch.zeros(0, 1, device=device)
+    none, logits = torch.zeros(0, dtype=torch.int64, device=device), torch.zeros(0, 1, device=device)
     return measure(logits, logits if with_teacher else None, none, none)
+
+
+def nothing_cached(rows: SparseRows, device: torch.device | str = "cpu") -> Sums:
+    """The same in the layout of `measure_cached`; `rows` holds none."""
+    none, logits = torch.zeros(0, dtype=torch.int64, device=device), torch.zeros(0, 1, device=device)
+    return measure_cached(logits, rows, dict.fromkeys(ABOUT_TEACHER, none.float()), none, none)
 
 
 def add(total: Sums, more: Sums) -> Sums:

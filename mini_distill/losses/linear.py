@@ -31,6 +31,17 @@ TILE = 2**18
 """Logits, 1 MB in float32, whose terms are computed at a time on a CPU: the dozen passes of a softmax then run in its cache."""
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is a linear layer and nothing else: no hook, no replaced `forward`, a weight that is an ordinary tensor.
+
+    (Accelerate replaces `forward` on the object; torchao and tensor parallelism put tensors of their own into the layer.)
+    """
+    if type(module) is not nn.Linear or "forward" in vars(module):
+        return False
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return not any(hooks) and all(type(p) in (nn.Parameter, Tensor) for p in module.parameters())
+
+
 class Head(Protocol):
     """What turns hidden states into logits."""
 
@@ -78,7 +89,7 @@ def linear_terms(
         once.
     """
     module = head.module
-    plain = type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks
+    plain = is_plain(module)
     parameters = [module.weight, module.bias] if plain else [p for p in module.parameters() if p.requires_grad]
     memory = (memory_mib or MEMORY_MIB.get(hidden.device.type, MEMORY_MIB["cuda"])) * 2**20
     factors = torch.tensor(weights, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
@@ -102,6 +113,7 @@ class _Call:
     ) -> None:
         self.head, self.plain, self.teacher, self.targets = head, plain, teacher, targets
         self.terms, self.weights, self.vocab_size, self.memory = terms, weights, vocab_size, memory
+        self.need_gradient = torch.is_grad_enabled()  # inside the function it never is
 
     def chunks(self, tokens: int, vocab: int) -> list[slice]:
         """Even cuts of the tokens, so that student's and teacher's logits of a chunk fit the budget in float32."""
@@ -133,7 +145,7 @@ class _LinearTerms(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: _Call, hidden: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-        need = ctx.needs_input_grad[1:]
+        need = tuple(needed and call.need_gradient for needed in ctx.needs_input_grad[1:])
         head = (_PlainHead if call.plain else _AnyHead)(call, hidden, parameters, need)
         total = torch.zeros_like(call.weights)
         for rows in call.chunks(len(hidden), head.vocab):
@@ -142,7 +154,7 @@ class _LinearTerms(torch.autograd.Function):
             total = total + call.terms_and_gradient(logits, teacher, call.targets[rows], any(need))
             if any(need):
                 head.backward(rows, logits)
-        ctx.gradients = head.gradients()
+        ctx.gradients, ctx.dtypes = head.gradients(), [None if t is None else t.dtype for t in (hidden, *parameters)]
         ctx.mark_non_differentiable(total)
         return (total * call.weights).sum(), total  # no matrix product: autocast would round it
 
@@ -151,8 +163,9 @@ class _LinearTerms(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("backward through the loss a second time: its gradients were handed out in the first")
         gradients, ctx.gradients = ctx.gradients, None
-        # In place: nobody else has them, and those of the head are as large as the head.
-        return None, *(None if g is None else g.mul_(loss_gradient.to(g.dtype)) for g in gradients)
+        # In place: nobody else has them, and those of the head are as large as the head. Rounded once, after the factor.
+        scaled = [None if g is None else g.mul_(loss_gradient.to(g.dtype)) for g in gradients]
+        return None, *(None if g is None else g.to(dtype) for g, dtype in zip(scaled, ctx.dtypes, strict=True))
 
 
 class _PlainHead:
@@ -160,16 +173,14 @@ class _PlainHead:
 
     def __init__(self, call: _Call, hidden: Tensor, parameters: tuple[Tensor, ...], need: tuple[bool, ...]) -> None:
         weight, bias = parameters
-        self.full_weight, self.hidden = weight, hidden
         self.vocab = len(weight) if call.vocab_size is None else min(len(weight), call.vocab_size)
         dtype = matmul_dtype(hidden, weight)
         self.narrow_hidden = hidden.to(dtype)
         self.weight = weight[: self.vocab].to(dtype)
         self.bias = None if bias is None else at_least_float32(bias[: self.vocab])
-        self.hidden_gradient = torch.empty_like(hidden) if need[0] else None
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        self.weight_gradient = torch.zeros_like(weight, dtype=wide) if need[1] else None
-        self.bias_gradient = torch.zeros_like(bias, dtype=wide) if bias is not None and need[2] else None
+        self.hidden_gradient = _wide(torch.empty_like, hidden) if need[0] else None
+        self.weight_gradient = _wide(torch.zeros_like, weight) if need[1] else None
+        self.bias_gradient = _wide(torch.zeros_like, bias) if bias is not None and need[2] else None
         self.buffer: Tensor | None = None
 
     def logits(self, rows: slice) -> Tensor:
@@ -190,9 +201,8 @@ class _PlainHead:
             self.bias_gradient[: self.vocab] += gradient.sum(0)
 
     def gradients(self) -> tuple[Tensor | None, ...]:
-        """Of the hidden states, the weight and the bias, in their own dtypes."""
-        found = (self.hidden_gradient, self.weight_gradient, self.bias_gradient)
-        return (found[0], *(None if g is None else g.to(self.full_weight.dtype) for g in found[1:]))
+        """Of the hidden states, the weight and the bias, in float32 or wider."""
+        return self.hidden_gradient, self.weight_gradient, self.bias_gradient
 
 
 class _AnyHead:
@@ -203,8 +213,8 @@ class _AnyHead:
         with torch.no_grad():
             width = call.head.module(hidden[:0]).shape[-1]
         self.vocab = width if call.vocab_size is None else min(width, call.vocab_size)
-        self.hidden_gradient = torch.empty_like(hidden) if need[0] else None
-        self.parameter_gradients = [torch.zeros_like(p) if needed else None for p, needed in zip(parameters, need[1:], strict=True)]
+        self.hidden_gradient = _wide(torch.empty_like, hidden) if need[0] else None
+        self.parameter_gradients = [_wide(torch.zeros_like, p) if needed else None for p, needed in zip(parameters, need[1:], strict=True)]
         self.output: Tensor | None = None
         self.leaf: Tensor | None = None
 
@@ -228,8 +238,13 @@ class _AnyHead:
         self.output = self.leaf = None
 
     def gradients(self) -> tuple[Tensor | None, ...]:
-        """Of the hidden states and of each parameter."""
+        """Of the hidden states and of each parameter, in float32 or wider."""
         return (self.hidden_gradient, *self.parameter_gradients)
+
+
+def _wide(empty: Callable[..., Tensor], like: Tensor) -> Tensor:
+    """Memory for a gradient, in float32 or wider: sums of many chunks stop growing in half precision."""
+    return empty(like, dtype=torch.promote_types(like.dtype, torch.float32))
 
 
 # -------------------------------------------------------------------------------------------------- products, summed in float32

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import log_softmax, nll_loss
 
 from .linear import Head, TeacherRows, linear_terms
 from .reduction import at_least_float32
 from .schedule import Schedule, multiplier
+from .sparse import SparseRows
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,12 @@ class DivergenceTerm:
         """What the sum over tokens is multiplied by: the weight, with T² where it belongs to it."""
         return self.weight * (self.temperature**2 if self.scale_by_temperature_squared else 1.0)
 
-    def sum(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        """Over tokens, unweighted."""
-        return self.divergence(student_logits, teacher_logits, self.temperature, **self.options).sum()
+    def sum(self, student_logits: Tensor, teacher: Tensor | SparseRows, log_probs: Callable[[float], Tensor]) -> Tensor:
+        """Over tokens, unweighted; `log_probs` gives the student's at a temperature."""
+        if isinstance(teacher, Tensor):
+            return self.divergence(student_logits, teacher, self.temperature, **self.options).sum()
+        name = self.divergence.__name__
+        return teacher.compare(name, self.divergence, log_probs(self.temperature), self.options).sum()
 
     def formula(self) -> str:
         """For people: `0.5 · 2² · forward_kl(T=2)`."""
@@ -174,18 +178,27 @@ class Objective:
         )
         return ObjectiveSums(loss, dict(zip(self.names, sums, strict=True)))
 
-    def _term_sums(self, student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor) -> Tensor:
+    def _term_sums(self, student_logits: Tensor, teacher: Tensor | SparseRows | None, targets: Tensor) -> Tensor:
         """The sum of each term over some tokens, `(terms,)`."""
         student_logits = at_least_float32(student_logits)
+        known: dict[float, Tensor] = {}
+
+        def log_probs(temperature: float) -> Tensor:
+            """The student's, once for all terms that ask for them."""
+            if temperature not in known:
+                known[temperature] = log_softmax(student_logits / temperature if temperature != 1 else student_logits, dim=-1)
+            return known[temperature]
+
         sums = []
         for term in self.divergences:
-            assert teacher_logits is not None
-            sums.append(term.sum(student_logits, teacher_logits))
+            assert teacher is not None
+            sums.append(term.sum(student_logits, teacher, log_probs))
         if self.ce_weight > 0:
-            sums.append(cross_entropy(student_logits, targets, reduction="sum"))
+            sums.append(nll_loss(log_probs(1.0), targets, reduction="sum"))
         return torch.stack(sums)
 
     def formula(self) -> str:
         """The loss with its numbers, for people: `0.5 · forward_kl + 0.5 · ce`."""
         parts = [term.formula() for term in self.divergences] + ([f"{self.ce_weight:g} · ce"] if self.ce_weight > 0 else [])
-        return " + ".join(parts)
+        scheduled = [" (on a schedule)" if name in self.schedules else "" for name in self.names]
+        return " + ".join(part + mark for part, mark in zip(parts, scheduled, strict=True))

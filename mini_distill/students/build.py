@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,14 +17,39 @@ from .initialise import from_teacher_layers
 VOCABULARY_MULTIPLE = 64  # matrix kernels like round sizes; the padding rows get no probability
 
 
+@dataclass(frozen=True)
+class TeacherSizes:
+    """What a student from scratch takes from a teacher that need not be there.
+
+    Attributes:
+        embedding_rows: Of the teacher, padding included, so that the logits line up.
+        positions: The longest sequence it can read; 0 when it does not say.
+    """
+
+    embedding_rows: int
+    positions: int
+
+    @classmethod
+    def of(cls, teacher: PreTrainedModel) -> TeacherSizes:
+        """Those of a live teacher."""
+        return cls(embedding_rows(teacher), getattr(teacher.config.get_text_config(), "max_position_embeddings", 0))
+
+
 def build_student(
-    config: StudentConfig, *, teacher: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase, seq_len: int, seed: int
+    config: StudentConfig,
+    *,
+    teacher: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    seq_len: int,
+    seed: int,
+    sizes: TeacherSizes | None = None,
 ) -> PreTrainedModel:
     """The student in float32.
 
     Args:
         config: Kind and config.
         teacher: Gives layers, or the size of the embedding; None when there is none.
+        sizes: Those of a teacher that is not there, from its cache.
         tokenizer: Shared by teacher and student.
         seq_len: Longest training sequence, tokens.
         seed: Decides the weights of a student from scratch, alone: the global random state is neither used nor changed.
@@ -44,7 +71,7 @@ def build_student(
             where="student.path",
         )
     else:
-        student = from_scratch(config, teacher, tokenizer, seq_len, seed)
+        student = from_scratch(config, TeacherSizes.of(teacher) if teacher is not None else sizes, tokenizer, seq_len, seed)
     if config.attn_implementation is not None:
         _set_attention(student, config.attn_implementation)
     positions = getattr(student.config.get_text_config(), "max_position_embeddings", None)
@@ -65,20 +92,19 @@ def _set_attention(student: PreTrainedModel, name: str) -> None:
 
 
 def from_scratch(
-    config: StudentConfig, teacher: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase, seq_len: int, seed: int
+    config: StudentConfig, sizes: TeacherSizes | None, tokenizer: PreTrainedTokenizerBase, seq_len: int, seed: int
 ) -> LlamaForCausalLM:
     """A Llama with random weights and the tokenizer's vocabulary."""
     assert config.hidden_size and config.num_layers and config.num_heads and config.intermediate_size
-    teacher_positions = getattr(teacher.config.get_text_config(), "max_position_embeddings", 0) if teacher is not None else 0
     llama = LlamaConfig(
-        vocab_size=_embedding_rows(teacher, tokenizer),
+        vocab_size=sizes.embedding_rows if sizes is not None else _rounded_up(vocabulary_size(tokenizer)),
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
         num_hidden_layers=config.num_layers,
         num_attention_heads=config.num_heads,
         num_key_value_heads=config.num_kv_heads or config.num_heads,
         head_dim=config.hidden_size // config.num_heads,
-        max_position_embeddings=config.max_positions or max(teacher_positions, seq_len),
+        max_position_embeddings=config.max_positions or max(sizes.positions if sizes is not None else 0, seq_len),
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta or 10000.0},
         attention_dropout=config.dropout or 0.0,
         initializer_range=config.initializer_range or config.hidden_size**-0.5,  # 0.02 is far too little for narrow models
@@ -92,8 +118,6 @@ def from_scratch(
         return LlamaForCausalLM(llama)
 
 
-def _embedding_rows(teacher: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase) -> int:
-    """As many as the teacher has, so that the logits line up; else the tokens, rounded up to what kernels like."""
-    if teacher is not None:
-        return embedding_rows(teacher)
-    return -(-vocabulary_size(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+def _rounded_up(tokens: int) -> int:
+    """To what matrix kernels like."""
+    return -(-tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE

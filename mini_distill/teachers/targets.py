@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ..data.batch import Batch
+from ..losses.linear import TeacherRows
 from ..models.head import OutputHead
+
+
+class Teacher(Protocol):
+    """Where the signal comes from: `OnlineTeacher`, `CachedTeacher`."""
+
+    def __call__(self, batch: Batch) -> TeacherRows:
+        """The targets at the supervised positions of `batch`, in row-major order."""
+        ...
 
 
 @dataclass

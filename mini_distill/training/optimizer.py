@@ -27,9 +27,9 @@ def learning_rate(step: int, config: TrainerConfig) -> float:
     Linear warm-up from 0 over `warmup_steps`, then `cosine` or `linear` down to `min_lr_ratio` of the peak at `max_steps`; `wsd`
     stays at the peak and decays linearly over the last `decay_fraction` of the steps (Hu et al. 2024, arXiv 2404.06395).
     """
-    if step <= config.warmup_steps:
-        return config.learning_rate * step / config.warmup_steps
-    start = config.warmup_steps
+    start = warmup_steps(config)
+    if step <= start:
+        return config.learning_rate * step / start
     if config.schedule == "wsd":
         start = max(start, round(config.max_steps * (1 - config.decay_fraction)))
     progress = min(1.0, max(0.0, (step - start) / max(1, config.max_steps - start)))
@@ -41,6 +41,11 @@ def learning_rate(step: int, config: TrainerConfig) -> float:
     }[config.schedule]
     floor = 1.0 if config.schedule == "constant" else config.min_lr_ratio
     return config.learning_rate * (floor + (1 - floor) * falling)
+
+
+def warmup_steps(config: TrainerConfig) -> int:
+    """Those that were asked for, or a tenth of all, at most 500."""
+    return min(config.max_steps // 10, 500) if config.warmup_steps is None else config.warmup_steps
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

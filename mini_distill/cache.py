@@ -1,0 +1,246 @@
+"""Score a corpus with the teacher once, and train students from it as often as wished.
+
+python -m mini_distill.cache teacher=… data=… cache.dir=…            build, or go on building
+python -m mini_distill.cache verify teacher=… data=… cache.dir=…     score a random sample again with the live teacher
+python -m mini_distill.cache info cache.dir=…                        what it is
+python -m mini_distill.train teacher=cached teacher.cache_dir=… …    train from it
+"""
+
+from __future__ import annotations
+
+if __name__ == "__main__":
+    import sys
+
+    from mini_distill.cli import run_command
+    from mini_distill.config import CacheCommand
+
+    action = sys.argv.pop(1) if len(sys.argv) > 1 and sys.argv[1] in ("build", "verify", "info") else "build"
+    run_command(f"mini_distill.cache:{action}", config_name="cache", schema=CacheCommand)
+
+import json
+import time
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from .config import CacheCommand
+from .data.order import Stream
+from .data.prepare import prepare_data
+from .data.tokenizers import tokenizer_fingerprint, vocabulary_size
+from .distillation import check_vocabulary, start_processes
+from .errors import CacheError, Preempted
+from .folder_lock import FolderLock
+from .losses.divergences import forward_kl
+from .losses.reduction import loss_mask
+from .losses.sparse import SampledRows, TopKRows
+from .models.head import embedding_rows
+from .models.identity import weights_fingerprint
+from .models.packed_documents import check_documents_kept_apart
+from .storage import atomic_write_text, size_text
+from .teachers.cache_build import CacheBuilder
+from .teachers.cache_identity import DESCRIPTION, identity, read_description
+from .teachers.cached import CachedTeacher, open_side
+from .teachers.load import load_teacher, load_teacher_tokenizer, teacher_path
+from .teachers.online import OnlineTeacher
+from .training.signals import StopRequest
+
+
+def build(config: CacheCommand) -> dict[str, Any]:
+    """Score what is not scored yet, and describe the whole.
+
+    Returns:
+        The summary, also in `<cache.dir>/summary.json`: tokens, bytes per token on disk, captured mass, seconds.
+
+    Raises:
+        MiniDistillError: any problem that is the user's to mend.
+        Preempted: SIGTERM or Ctrl-C; finished shards stay.
+    """
+    folder = _folder(config)
+    with StopRequest() as stop, ExitStack() as held:
+        accelerator = start_processes(config.precision, config.num_threads)
+        builder, wanted, facts = _prepare(config, accelerator, stop)
+        if accelerator.is_main_process:
+            builder.check_space(0)
+            held.enter_context(FolderLock(folder))  # another builder gets one line
+            builder.describe(wanted, facts, load_teacher_tokenizer(config.teacher))
+        accelerator.wait_for_everyone()
+        description = read_description(folder)
+        sides = {name: open_side(folder, description, name) for name in description["sides"]}
+        predicted = builder.predict(sides)
+        if accelerator.is_main_process:
+            print(_prediction(predicted, config))
+            builder.check_space(predicted["cache/predicted_bytes"] - _bytes_on_disk(folder))
+        started = time.perf_counter()
+        scored = builder.build(sides, show_progress=accelerator.is_main_process)
+        accelerator.wait_for_everyone()
+        seconds = time.perf_counter() - started
+        summary: dict[str, Any] = {}
+        if accelerator.is_main_process:
+            summary = _finish(folder, description, predicted, scored * accelerator.num_processes, seconds)
+            print(_result(folder, summary))
+        accelerator.wait_for_everyone()
+        return summary
+
+
+def verify(config: CacheCommand) -> dict[str, float]:
+    """Score a random sample again with the live teacher, and compare it with what the cache gives.
+
+    Returns:
+        `verify/mean_kl` and `verify/worst_kl` in nats per token: of the live teacher from the cached distribution (full, hidden), from
+        what is listed of it (topk); for sampled, of the mean over the sample from the expectation, with the standard error.
+
+    Raises:
+        CacheError: the cache is damaged, of something else, or far from the live teacher.
+    """
+    folder = _folder(config)
+    with StopRequest() as stop:
+        accelerator = start_processes(config.precision, config.num_threads)
+        builder, wanted, _ = _prepare(config, accelerator, stop)
+        cached = CachedTeacher(folder, wanted)
+        stream = builder.streams["train"]
+        numbers = np.random.default_rng(config.cache.seed).permutation(len(stream))[: config.cache.num_verify].tolist()
+        differences = torch.cat([_differences(builder, cached, stream, number) for number in numbers])
+    found = {
+        "verify/sequences": float(len(numbers)),
+        "verify/tokens": float(len(differences)),
+        "verify/mean_kl": differences.mean().item(),
+        "verify/worst_kl": differences.abs().max().item(),
+        "verify/standard_error": (differences.std() / len(differences) ** 0.5).item(),
+    }
+    print("\n".join(f"{name:<24} {value:.4g}" for name, value in found.items()))
+    tolerance = 4 * found["verify/standard_error"] + 1e-3 if builder.config.kind == "sampled" else 0.01
+    if not abs(found["verify/mean_kl"]) <= tolerance:
+        what = f"the live teacher is {found['verify/mean_kl']:.3g} nats per token away from what was written (expected at most {tolerance:.2g})"
+        raise CacheError(str(folder), what, "Build the cache again in another folder.")
+    return found
+
+
+def info(config: CacheCommand) -> dict[str, Any]:
+    """Print what the cache is, and whether it is whole."""
+    folder = _folder(config)
+    description = read_description(folder)
+    print(json.dumps({key: description[key] for key in ("cache", "teacher", "sides", "identity")}, indent=2, ensure_ascii=False))
+    damaged = [
+        f"{side}/{number}: {problem}"
+        for side in description["sides"]
+        for number, problem in open_side(folder, description, side).damaged().items()
+    ]
+    summary = description.get("summary", {})
+    print(
+        f"{folder}: {size_text(_bytes_on_disk(folder))}" + (f", {summary['cache/bytes_per_token']:.1f} bytes per token" if summary else "")
+    )
+    print("whole" if not damaged else f"{len(damaged)} shards missing or damaged, the first: {damaged[0]}")
+    return description
+
+
+# --------------------------------------------------------------------------------------------------------------------- preparing
+
+
+def _folder(config: CacheCommand) -> Path:
+    assert config.cache.dir is not None
+    return Path(config.cache.dir).expanduser()
+
+
+def _prepare(config: CacheCommand, accelerator: Accelerator, stop: StopRequest) -> tuple[CacheBuilder, dict[str, Any], dict[str, Any]]:
+    """Who scores what, the identity of the result, and what is worth knowing of the teacher."""
+    tokenizer = load_teacher_tokenizer(config.teacher)
+    model = load_teacher(config.teacher, accelerator.device)
+    assert model is not None
+    check_vocabulary(model, tokenizer, "teacher")
+    if config.data.packing:
+        check_documents_kept_apart(model, "teacher.path")
+    with accelerator.main_process_first():
+        data = prepare_data(config.data, tokenizer, show_progress=accelerator.is_main_process)
+    streams: dict[str, Stream] = {"train": data.train} | ({"held_out": data.held_out} if data.held_out is not None else {})
+    text = model.config.get_text_config()
+    wanted = identity(
+        config.cache,
+        data=data.fingerprint_parts,
+        tokenizer=tokenizer_fingerprint(tokenizer),
+        weights=weights_fingerprint(model),
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
+    facts = {
+        "name": teacher_path(config.teacher) if config.teacher.kind == "hf" else "the embedded teacher",
+        "parameters": model.num_parameters(),
+        "embedding_rows": embedding_rows(model),
+        "positions": getattr(text, "max_position_embeddings", 0),
+    }
+    builder = CacheBuilder(
+        _folder(config),
+        config.cache,
+        OnlineTeacher(model),
+        streams,
+        vocabulary_size(tokenizer),
+        partial(_check_stop, stop, _folder(config)),
+        accelerator.autocast,
+        accelerator.process_index,
+        accelerator.num_processes,
+    )
+    return builder, wanted, facts
+
+
+def _check_stop(stop: StopRequest, folder: Path) -> None:
+    if stop.requested:
+        what = f"stopped by {stop.signal_name}; finished shards stay"
+        raise Preempted(str(folder), what, "The same command goes on from here.", stop.exit_code or 143)
+
+
+# --------------------------------------------------------------------------------------------------------------------- reporting
+
+
+def _prediction(predicted: dict[str, float], config: CacheCommand) -> str:
+    minutes = predicted["cache/predicted_seconds"] / 60
+    return (
+        f"{predicted['cache/tokens']:,.0f} tokens, kind {config.cache.kind}: about {predicted['cache/predicted_bytes_per_token']:.1f} bytes per token, "
+        f"{size_text(predicted['cache/predicted_bytes'])}, {minutes:.1f} minutes; "
+        f"{100 * predicted['cache/captured_mass']:.1f} % of the probability is listed exactly."
+    )
+
+
+def _finish(folder: Path, description: dict[str, Any], predicted: dict[str, float], scored: int, seconds: float) -> dict[str, Any]:
+    """The description with its figures; a build that found all shards in place keeps those of the build that made them."""
+    size = _bytes_on_disk(folder)
+    train = sum(file.stat().st_size for file in (folder / "train").rglob("*.npy"))
+    tokens = sum(int(np.load(file, mmap_mode="r")[-1]) for file in (folder / "train").rglob("starts.npy"))
+    summary = {
+        **predicted,
+        "cache/bytes": size,
+        "cache/bytes_per_token": train / max(1, tokens),
+        "cache/seconds": seconds,
+        "cache/scored_sequences": scored,
+    }
+    description = description | {"complete": True, "summary": summary}
+    atomic_write_text(folder / DESCRIPTION, json.dumps(description, indent=2) + "\n")
+    atomic_write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def _result(folder: Path, summary: dict[str, Any]) -> str:
+    return (
+        f"{size_text(summary['cache/bytes'])} on disk, {summary['cache/bytes_per_token']:.1f} bytes per token of the training side, "
+        f"{summary['cache/seconds']:.0f} s.\nTrain from it: python -m mini_distill.train teacher=cached teacher.cache_dir={folder} student=mini_2m …"
+    )
+
+
+def _bytes_on_disk(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _differences(builder: CacheBuilder, cached: CachedTeacher, stream: Stream, number: int) -> Tensor:
+    """How far the live teacher is from what was written of one sequence, per token, in nats."""
+    batch = stream.batch([number]).to(builder.teacher.device)
+    with torch.no_grad(), builder.autocast():
+        live = builder.teacher(batch)
+        tokens = int(loss_mask(batch.labels).sum())
+        logits = live.rows(slice(0, tokens), builder.vocab_size) / builder.config.temperature
+        rows = cached(batch).rows(slice(0, tokens), builder.vocab_size)
+        if isinstance(rows, SampledRows | TopKRows):
+            return rows.compare("forward_kl", forward_kl, logits.log_softmax(-1), {}).cpu()
+        return forward_kl(logits, rows).cpu()  # hidden states are kept at temperature 1 only

@@ -1,0 +1,143 @@
+"""A teacher that was asked before: its targets come from a cache on disk."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ..config import CacheConfig
+from ..data.batch import Batch
+from ..errors import CacheError
+from ..losses.linear import TeacherRows
+from ..losses.reduction import loss_mask
+from ..losses.sparse import SampledRows, TopKRows
+from ..models.head import OutputHead
+from .cache_files import Side, to_tensor
+from .cache_identity import check_same, read_description
+from .cache_kinds import KINDS, Full, Hidden, Kind, Place, Sampled
+
+REBUILD = "Build it again with the same command: only what is missing or damaged is made anew."
+ABOUT_TEACHER = ("target_log_prob", "top_log_prob", "top_id", "exact_entropy")
+"""What is kept of the teacher itself at each held-out token, besides its targets."""
+
+OTHER = "Build a cache for this run in another folder, or give the run what the cache was built from."
+
+
+class CachedTeacher:
+    """Gives the targets of the sequences in a batch, found by their numbers.
+
+    Args:
+        folder: The cache.
+        wanted: The identity that the run expects, of which groups may be left out: a run without a live teacher does not know
+            its weights.
+        side: `train` or `held_out`.
+
+    Raises:
+        CacheError: there is no whole cache, it is damaged, or it is one of something else.
+    """
+
+    def __init__(self, folder: Path, wanted: dict[str, Any], side: str = "train") -> None:
+        self.folder, self.description = folder, read_description(folder)
+        check_same(self.description["identity"], wanted, folder, OTHER)
+        self.side = open_side(folder, self.description, side)
+        if damaged := self.side.damaged():
+            number, problem = next(iter(damaged.items()))
+            also = f" (and {len(damaged) - 1} more shards)" if len(damaged) > 1 else ""
+            raise CacheError(str(self.side.folder(number)), f"{problem}{also}", REBUILD)
+        self.kind = open_kind(folder, self.description)
+
+    def __call__(self, batch: Batch) -> TeacherRows:
+        """The targets at the supervised positions of `batch`, on its device.
+
+        Raises:
+            CacheError: a sequence is not the one that was scored.
+        """
+        return self.kind.decode(self._parts(batch), batch.labels.device)
+
+    def about_teacher(self, batch: Batch) -> dict[str, Tensor] | None:
+        """What the teacher itself makes of held-out tokens, `(supervised,)` each; None where the targets tell it all.
+
+        `target_log_prob`, `top_log_prob` and `exact_entropy` in nats, `top_id` its first choice.
+        """
+        parts = self._parts(batch)
+        if self.is_dense:
+            return None
+        columns = {name: torch.cat([to_tensor(shard[name][shard.tokens(place)]) for shard, place in parts]) for name in ABOUT_TEACHER}
+        return {name: column.to(batch.labels.device) for name, column in columns.items()}
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the targets are logits of the whole vocabulary."""
+        return isinstance(self.kind, Full | Hidden)
+
+    def nothing(self) -> SampledRows | TopKRows:
+        """Targets of no token at all."""
+        none = torch.zeros(0)
+        if isinstance(self.kind, Sampled):
+            return SampledRows(torch.zeros(1, dtype=torch.int64), none.long(), none, none)
+        return TopKRows(none.long().view(0, 1), none.view(0, 1), none, spread=True)
+
+    def _parts(self, batch: Batch) -> list[Place]:
+        """Where the sequences of a batch lie; they are the ones that were scored."""
+        parts = [self.side.locate(number) for number in batch.row_ids.tolist()]
+        for row, (shard, place), number in zip(checksums(batch), parts, batch.row_ids.tolist(), strict=True):
+            if row != int(shard.checksums[place]):
+                raise CacheError(str(shard.folder), f"sequence {number} is not the one that was scored", OTHER)
+        return parts
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """About the teacher: its name, `parameters`, `embedding_rows` and `positions`."""
+        return self.description["teacher"]
+
+
+def checksums(batch: Batch) -> list[int]:
+    """Of each row's tokens, their supervision and their positions: CRC-32, quick enough for every batch."""
+    arrays = [tensor.cpu().numpy() for tensor in (batch.input_ids, batch.labels, batch.position_ids)]
+    length = (loss_mask(batch.labels).long() * torch.arange(1, batch.labels.shape[1] + 1, device=batch.labels.device)).amax(-1).cpu() + 1
+    return [zlib.crc32(b"".join(array[row, : int(length[row])].astype("<i8").tobytes() for array in arrays)) for row in range(len(batch))]
+
+
+def open_side(folder: Path, description: dict[str, Any], side: str) -> Side:
+    """The shards of a side."""
+    return Side(folder, side, description["sides"][side]["sequences"], description["sides"][side]["shard_sequences"])
+
+
+def open_kind(folder: Path, description: dict[str, Any]) -> Kind:
+    """The kind that a cache is of, with the head that hidden states need."""
+    kind = KINDS[description["cache"]["kind"]](CacheConfig(**description["cache"]), description["vocab_size"])
+    if isinstance(kind, Hidden):
+        kind.head = load_head(folder / "head")
+    return kind
+
+
+def save_head(folder: Path, head: OutputHead) -> None:
+    """A plain head, with its scale and soft-capping."""
+    tensors = {name: tensor.detach().contiguous() for name, tensor in head.module.state_dict().items()}
+    numbers = {"scale": repr(head.scale), "softcap": repr(head.softcap)}
+    safetensors.torch.save_file(tensors, folder / "head.safetensors", metadata=numbers)
+
+
+def load_head(folder: Path) -> OutputHead:
+    """What `save_head` wrote.
+
+    Raises:
+        CacheError: it cannot be read.
+    """
+    file = folder / "head.safetensors"
+    try:
+        tensors = safetensors.torch.load_file(file)
+        with safetensors.safe_open(file, "pt") as opened:
+            numbers = opened.metadata()
+        weight = tensors["weight"]
+        module = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in tensors, dtype=weight.dtype)
+        module.load_state_dict(tensors)
+        softcap = None if numbers["softcap"] == "None" else float(numbers["softcap"])
+        return OutputHead(module.requires_grad_(False), float(numbers["scale"]), softcap)
+    except (OSError, safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise CacheError(str(file), f"cannot be read ({error})", REBUILD) from error

@@ -1,0 +1,83 @@
+"""The loss of a configuration: its functions found, tried out, and put together."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import ObjectiveConfig, TrainerConfig, objective_terms
+from ..errors import ConfigError
+from ..losses import divergences
+from ..losses.catalogue import matching_parameters
+from ..losses.objective import DivergenceTerm, Objective
+
+
+def build_objective(config: ObjectiveConfig, trainer: TrainerConfig, on_gpu: bool) -> Objective:
+    """The loss, without what only the models and the tokenizer can tell: the size of the vocabulary, the matching of inner states.
+
+    Raises:
+        ConfigError: an import path leads nowhere, or a function does not take its options or what a divergence is given.
+    """
+    own = config.divergence.rpartition(".")[2]
+    further = []
+    for name, term in objective_terms(config).items():
+        assert term.kind is not None and term.temperature is not None
+        if term.kind not in matching_parameters() and term.weight > 0:
+            where = f"objective.terms.{name}"
+            function = load_divergence(term.kind, term.options, f"{where}.kind", f"{where}.options")
+            factors = (term.weight, term.temperature, term.options, config.scale_by_temperature_squared)
+            further.append(DivergenceTerm(name, function, *factors))
+    main = "objective.divergence", "objective.divergence_options"
+    return Objective(
+        load_divergence(config.divergence, config.divergence_options, *main) if config.kl_weight > 0 else None,
+        own,
+        config.divergence_options,
+        temperature=config.temperature,
+        scale_by_temperature_squared=config.scale_by_temperature_squared,
+        kl_weight=config.kl_weight,
+        ce_weight=config.ce_weight,
+        further=further,
+        schedules={name: {int(step): factor for step, factor in points.items()} for name, points in config.schedules.items()},
+        memory_mib=config.logits_memory_mib,
+        compile=trainer.compile or (on_gpu and _has_triton()),
+    )
+
+
+def load_divergence(name: str, options: Mapping[str, Any], where: str, where_options: str) -> Callable[..., Tensor]:
+    """The divergence by name, or a user's own by import path, tried out on a few numbers.
+
+    Raises:
+        ConfigError: it cannot be imported, refuses its options, or does not give a number per token.
+    """
+    function = getattr(divergences, name) if "." not in name else _import(name, where)
+    student, teacher = torch.linspace(-1, 1, 16).view(2, 8).requires_grad_(), torch.linspace(1, -2, 16).view(2, 8)
+    try:
+        value = function(student, teacher, 1.0, **options)
+    except Exception as error:  # whatever it raises, it would raise in the first step
+        refused = where_options if options else where
+        raise ConfigError(refused, f"{name} refuses it ({type(error).__name__}: {error})", "See its docstring.") from error
+    if not isinstance(value, Tensor) or value.shape != (2,):
+        shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ConfigError(
+            where, f"{name} gives {shape} for logits of [2, 8], expected a value per token, [2]", "Sum over the last axis only."
+        )
+    if not value.requires_grad:
+        raise ConfigError(where, f"{name} gives values without a gradient to the student's logits", "Compute it from the student's logits.")
+    return function
+
+
+def _import(path: str, where: str) -> Callable[..., Tensor]:
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(where, f"cannot import '{path}' ({error})", "Give package.module.function.") from error
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
