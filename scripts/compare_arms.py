@@ -15,6 +15,7 @@ import json
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -35,15 +36,20 @@ def main() -> None:
     parser.add_argument("--arm", action="append", required=True, metavar="NAME=OVERRIDES")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; give each its share of the cores with trainer.num_threads")
     parser.add_argument("--plot", type=Path, help="an .svg or .png of the curves")
     parser.add_argument("--title", default="")
     arguments = parser.parse_args(own)
 
     arms = {name: shlex.split(overrides) for name, _, overrides in (arm.partition("=") for arm in arguments.arm)}
-    runs = {
-        name: [train([*common, *overrides, f"seed={seed}"], arguments.out / f"{name}-seed{seed}") for seed in arguments.seeds]
-        for name, overrides in arms.items()
-    }
+    with ThreadPoolExecutor(arguments.jobs) as jobs:
+        begun = {
+            name: [
+                jobs.submit(train, [*common, *overrides, f"seed={seed}"], arguments.out / f"{name}-seed{seed}") for seed in arguments.seeds
+            ]
+            for name, overrides in arms.items()
+        }
+        runs = {name: [job.result() for job in of_seeds] for name, of_seeds in begun.items()}
     print(table(runs))
     if arguments.plot:
         plot(runs, arguments.plot, arguments.title)
