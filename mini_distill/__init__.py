@@ -14,8 +14,9 @@ _HOMES = {
     "Config": "config",
     "load_config": "cli",
     "distill_step": "train",
-    "divergences": "losses",
     "Objective": "losses.objective",
+    "Run": "run",
+    "load_run": "run",
     "Batch": "data.batch",
     "prepare_data": "data.prepare",
     "build_student": "students.build",
@@ -23,14 +24,15 @@ _HOMES = {
     "Evaluator": "evaluation.evaluator",
     "MiniDistillError": "errors",
 }
-__all__ = sorted(_HOMES)
+_MODULES = {"divergences": ".losses.divergences", "train": ".train"}  # `mini_distill.train` can be called, too
+__all__ = sorted([*_HOMES, *_MODULES])
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name], __name__)
     if name not in _HOMES:
         raise AttributeError(f"module 'mini_distill' has no attribute '{name}'")
-    if name == "divergences":
-        return importlib.import_module(".losses.divergences", __name__)
     return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
 
 

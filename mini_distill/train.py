@@ -14,6 +14,7 @@ if __name__ == "__main__":  # --help and configuration errors are answered befor
 
     run_command("mini_distill.train:train")  # imports this module by its name, and does not return
 
+import sys
 from contextlib import nullcontext
 from functools import partial
 from time import perf_counter
@@ -29,6 +30,7 @@ from .losses.objective import Objective, ObjectiveSums
 from .losses.reduction import count_valid_tokens, supervised_targets
 from .models.head import output_head
 from .result import already_finished, write_result
+from .run import CallableTrain
 from .teachers.targets import Teacher
 from .training.numerics import add_terms, check_finite, clip_gradient, memory_errors, step_metrics
 from .training.optimizer import learning_rate, set_learning_rate
@@ -157,3 +159,6 @@ def distill_step(
 
 def _due(step: int, every: int | None) -> bool:
     return every is not None and step % every == 0
+
+
+sys.modules[__name__].__class__ = CallableTrain  # import mini_distill as md; run = md.train(["student=mini_2m"])

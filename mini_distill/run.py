@@ -1,0 +1,174 @@
+"""A run as Python sees it: `run = mini_distill.train([...])`, or `mini_distill.load_run(path)` for one on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from .cli import load_config
+from .config import Config
+from .errors import ConfigError
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Run:
+    """A run's folder, opened for reading.
+
+    Attributes:
+        path: The folder.
+        config: Its settings, as nested plain values.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        import yaml
+
+        self.path = Path(path).expanduser()
+        file = self.path / "config.yaml"
+        if not file.exists():
+            raise ConfigError("path", f"'{path}' is not the folder of a run (no config.yaml)", "Give the output_dir of a run.")
+        self.config: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """`state` (running, finished, preempted, failed), `step`, `exit_code`."""
+        return self._json("status.json")
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """Every final number, keyed like the metrics; empty while the run is not finished."""
+        return self._json("summary.json")
+
+    @property
+    def metrics(self) -> pandas.DataFrame:
+        """One row per logged step, indexed by it."""
+        import pandas
+
+        file = self.path / "metrics.jsonl"
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        rows = [json.loads(line) for line in lines]
+        return pandas.DataFrame(rows).set_index("step") if rows else pandas.DataFrame()
+
+    @cached_property
+    def student(self) -> PreTrainedModel:
+        """The finished student, in eval mode on the CPU."""
+        from .models.loading import load_causal_lm
+
+        return load_causal_lm(str(self._student_folder), where="path")
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The student's."""
+        from .models.loading import load_tokenizer
+
+        return load_tokenizer(str(self._student_folder), where="path")
+
+    def generate(self, prompt: str, max_new_tokens: int = 48, temperature: float = 0.0) -> str:
+        """What the student writes after `prompt`.
+
+        Args:
+            prompt: Text.
+            max_new_tokens: At most this many tokens.
+            temperature: 0: greedy; above: sampled from torch's global generator.
+        """
+        import torch
+
+        ids = self.tokenizer(prompt, return_tensors="pt").input_ids
+        sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        pad = next((i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if i is not None), 0)
+        with torch.no_grad():
+            written = self.student.generate(  # type: ignore[operator]
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, pad_token_id=pad, **sampling
+            )
+        return str(self.tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
+
+    def plot(self, *metrics: str) -> Figure:
+        """Metrics against optimizer steps, one panel each.
+
+        Args:
+            metrics: Names of columns of `metrics`; none: the loss and its terms, and what was evaluated of the student.
+
+        Raises:
+            ConfigError: there is no such metric, or nothing has been logged.
+        """
+        from matplotlib.figure import Figure  # not pyplot, which would keep the figure for ever
+
+        frame = self.metrics
+        wanted = list(metrics) or [name for name in PLOTTED if name in frame and frame[name].notna().any()]
+        if unknown := [name for name in wanted if name not in frame]:
+            raise ConfigError("metrics", f"no metric called '{unknown[0]}'", f"Known: {', '.join(frame.columns)}.")
+        if not wanted:
+            raise ConfigError(str(self.path), "nothing has been logged yet")
+        figure = Figure(figsize=(3.6 * len(wanted), 2.8), layout="constrained")
+        for axes, name in zip(figure.subplots(1, len(wanted), squeeze=False)[0], wanted, strict=True):
+            values = frame[name].dropna()
+            axes.plot(values.index, values, color="#0b6e99", lw=1.4, marker="o" if len(values) < 30 else "", ms=3)
+            teacher = self.summary.get(name.replace("student_", "teacher_")) if "student_" in name else None
+            if teacher is not None:
+                axes.axhline(teacher, color="#c4500c", lw=1, ls="--", label="teacher")
+                axes.legend(frameon=False)
+            axes.set(title=name, xlabel="optimizer step")
+            axes.spines[["top", "right"]].set_visible(False)
+        return figure
+
+    def __repr__(self) -> str:
+        status = self.status
+        return f"<Run {self.path} ({status.get('state', 'unknown')}, step {status.get('step', 0)})>"
+
+    def _repr_markdown_(self) -> str:
+        """The final table, in a notebook."""
+        from .evaluation.table import markdown_table
+
+        return markdown_table(self.summary) if self.summary else repr(self)
+
+    @property
+    def _student_folder(self) -> Path:
+        folder = self.path / "student"
+        if not folder.exists():
+            raise ConfigError(
+                str(self.path), f"no student yet ({self.status.get('state', 'unknown')})", "Run the same command again to finish it."
+            )
+        return folder
+
+    def _json(self, name: str) -> dict[str, Any]:
+        file = self.path / name
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        return found
+
+
+PLOTTED = ("train/loss", "eval/student_nll", "eval/forward_kl", "eval/top1_agreement")
+
+
+def load_run(path: Path | str) -> Run:
+    """A run on disk.
+
+    Raises:
+        ConfigError: the folder is not one.
+    """
+    return Run(path)
+
+
+class CallableTrain(ModuleType):
+    """The module `mini_distill.train`, which Python also binds to the package's name `train`: so that can be called, too."""
+
+    def __call__(self, config: Config | Sequence[str] = ()) -> Run:
+        """Distil, and give the run.
+
+        Args:
+            config: Overrides as on the command line (`["student=mini_2m", "trainer.max_steps=200"]`), or a checked configuration.
+
+        Raises:
+            MiniDistillError: any problem that is the user's to mend.
+        """
+        if isinstance(config, str):
+            raise ConfigError("config", f"got the text '{config}', expected a list of overrides", f"Give ['{config}'].")
+        config = config if isinstance(config, Config) else load_config(config)
+        self.train(config)
+        return Run(str(config.output_dir))
