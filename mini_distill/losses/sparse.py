@@ -23,6 +23,9 @@ from torch import Tensor
 
 Divergence = Callable[..., Tensor]
 
+SMALLEST_TAIL = 1e-30
+"""In place of a tail that rounds to 0: its logarithm would be infinite, and 0 · ∞ no number."""
+
 
 @dataclass
 class SampledRows:
@@ -97,12 +100,14 @@ class TopKRows:
 
         With one bucket it is the divergence of two distributions over k + 1 outcomes, which is never more than the full one.
         """
-        log_p, log_tail = self.log_probs.to(student_log_probs), self.tail.to(student_log_probs).log()[:, None]
+        log_p, rest = self.log_probs.to(student_log_probs), student_log_probs.shape[-1] - self.ids.shape[-1]
+        log_tail = self.tail.to(student_log_probs).clamp(min=SMALLEST_TAIL).log()[:, None]
         if self.spread:
-            rest = student_log_probs.shape[-1] - self.ids.shape[-1]
             dense = (log_tail - math.log(max(1, rest))).expand_as(student_log_probs).scatter(-1, self.ids, log_p)
             return divergence(student_log_probs, dense, 1.0, **options)
         listed = student_log_probs.gather(-1, self.ids)
+        if rest == 0:
+            return divergence(listed, log_p, 1.0, **options)
         others = student_log_probs.scatter(-1, self.ids, -math.inf).logsumexp(-1, keepdim=True)
         return divergence(torch.cat([listed, others], -1), torch.cat([log_p, log_tail], -1), 1.0, **options)
 

@@ -86,7 +86,8 @@ class Sampled(Kind):
     def __init__(self, config: CacheConfig, vocab_size: int) -> None:
         super().__init__(config, vocab_size)
         threshold = config.sampling == "threshold"
-        self.table = level_table(1 / config.k) if threshold else level_table(SMALLEST_SAMPLED, largest=16.0)
+        largest = vocab_size ** abs(1 - config.proposal)  # of importance weights: p^(1-a) · Σ p^a
+        self.table = level_table(1 / config.k) if threshold else level_table(SMALLEST_SAMPLED, largest)
         if not threshold and config.proposal == 1:  # whole counts of draws need no rounding
             self.table = torch.arange(256, dtype=torch.float64) / config.k
         self.entropy_table = torch.linspace(0, math.log(vocab_size), 256, dtype=torch.float64)
@@ -125,7 +126,7 @@ class Sampled(Kind):
         number = torch.arange(len(head_counts))
         head_tokens, tail_tokens = number.repeat_interleave(head_counts), number.repeat_interleave(tail_counts)
         left = 1 - head_weights.new_zeros(len(number)).index_add(0, head_tokens, head_weights)
-        tail_weights = (left.clamp(min=0) / tail_counts.clamp(min=1))[tail_tokens]
+        tail_weights = (left / tail_counts.clamp(min=1))[tail_tokens]  # seldom a little below 0, which keeps their mean right
         order = torch.cat([head_tokens, tail_tokens]).argsort(stable=True)
         ids, weights = torch.cat([head_ids, tail_ids])[order], torch.cat([head_weights, tail_weights])[order]
         entropies = self.entropy_table[torch.from_numpy(shard["entropy"][tokens].astype(np.int64))]

@@ -49,7 +49,7 @@ def threshold_sample(probs: Tensor, k: int, generator: torch.Generator) -> Entri
     head = probs >= 1 / k
     tail_cumulative = probs.masked_fill(head, 0.0).cumsum(-1, dtype=torch.float64)
     tail_mass = tail_cumulative[:, -1]
-    tail_counts = torch.ceil(tail_mass * k - 1e-9).long()
+    tail_counts = torch.ceil(tail_mass * k * (1 - 1e-6) - 1e-9).long().clamp(max=k)  # the sum of float32 may be a little too much
     shift = torch.rand(len(probs), generator=generator, dtype=torch.float64).to(probs.device)
     points, wanted = _equidistant(shift, tail_counts)
     ids = torch.searchsorted(tail_cumulative, points * tail_mass[:, None], right=True).clamp(max=probs.shape[-1] - 1)
