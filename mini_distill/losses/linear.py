@@ -87,8 +87,16 @@ def linear_terms(
     Returns:
         The loss, a scalar with a graph to `hidden` and the head's parameters, and the terms `(K,)`, detached. Backward can run
         once.
+
+    Raises:
+        RuntimeError: the head's weights are sharded (FSDP2) at this moment.
     """
     module = head.module
+    if any(hasattr(parameter, "full_tensor") for parameter in module.parameters()):  # DTensor, without importing it
+        raise RuntimeError(
+            "the output head's weights are sharded over processes where the loss needs them whole: shard the head together with the"
+            " outermost module, and that one with reshard_after_forward=False"
+        )
     plain = is_plain(module)
     parameters = [module.weight, module.bias] if plain else [p for p in module.parameters() if p.requires_grad]
     memory = (memory_mib or MEMORY_MIB.get(hidden.device.type, MEMORY_MIB["cuda"])) * 2**20

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mini_distill.losses.divergences import forward_kl, jsd
-from mini_distill.losses.objective import Objective
+from mini_distill.losses.objective import DivergenceTerm, Objective
+from mini_distill.models.head import OutputHead
 
 VOCAB = 11
 
@@ -192,3 +193,89 @@ def test_padding_columns_may_hold_anything(bad: float) -> None:
 )
 def test_the_formula_can_be_read(options: dict[str, Any], text: str) -> None:
     assert Objective(forward_kl, "forward_kl", **options).formula() == text
+
+
+# --------------------------------------------------------------------------------------------- further terms, and the fused path
+
+
+def further() -> list[DivergenceTerm]:
+    return [
+        DivergenceTerm("jsd", jsd, 0.3, temperature=3.0, options={"jsd_beta": 0.2}),
+        DivergenceTerm("forward_kl_hot", forward_kl, 0.2, temperature=4.0, scale_by_temperature_squared=False),
+    ]
+
+
+def test_further_terms_are_added_each_with_its_own_temperature() -> None:
+    student, teacher, targets = batch()
+    result = Objective(forward_kl, "forward_kl", temperature=2.0, kl_weight=0.7, ce_weight=0.2, further=further())(
+        student, teacher, targets
+    )
+    terms = {name: value.item() for name, value in result.terms.items()}
+    assert list(terms) == ["forward_kl", "jsd", "forward_kl_hot", "ce"]
+    assert terms["jsd"] == pytest.approx(jsd(student, teacher, 3.0, jsd_beta=0.2).sum().item())
+    assert terms["forward_kl_hot"] == pytest.approx(forward_kl(student, teacher, 4.0).sum().item())
+    expected = 0.7 * 4 * terms["forward_kl"] + 0.3 * 9 * terms["jsd"] + 0.2 * terms["forward_kl_hot"] + 0.2 * terms["ce"]
+    assert result.loss.item() == pytest.approx(expected)
+
+
+def test_further_terms_alone_need_the_teacher() -> None:
+    student, teacher, targets = batch()
+    objective = Objective(None, "forward_kl", kl_weight=0.0, ce_weight=0.0, further=further()[:1])
+    assert objective.needs_teacher and list(objective(student, teacher, targets).terms) == ["jsd"]
+    assert objective(student, teacher, targets).loss.item() == pytest.approx(
+        0.3 * 9 * jsd(student, teacher, 3.0, jsd_beta=0.2).sum().item()
+    )
+
+
+def test_the_formula_names_every_term_and_what_changes() -> None:
+    objective = Objective(forward_kl, "forward_kl", further=further()[:1], schedules={"ce": {1: 0.0, 9: 1.0}})
+    assert objective.formula() == "0.5 · forward_kl + 0.3 · 3² · jsd(jsd_beta=0.2, T=3) + 0.5 · ce (on a schedule)"
+
+
+class Spoken:
+    """What a teacher says, and which rows it was asked for."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.all_logits, self.asked = logits, list[tuple[int, int]]()
+
+    def rows(self, rows: slice, vocab_size: int | None) -> Tensor:
+        self.asked.append((rows.start, rows.stop))
+        return self.all_logits[rows, :vocab_size]
+
+
+def identity_head(vocab: int = VOCAB) -> OutputHead:
+    """Hidden states that are logits already."""
+    module = torch.nn.Linear(vocab, vocab, bias=False).double()
+    with torch.no_grad():
+        module.weight.copy_(torch.eye(vocab))
+    return OutputHead(module)
+
+
+def test_hidden_states_and_logits_give_the_same() -> None:
+    student, teacher, targets = batch()
+    objective = Objective(forward_kl, "forward_kl", temperature=2.0, kl_weight=0.7, ce_weight=0.2, further=further())
+    expected = objective(student, teacher, targets)
+    result = objective.fused(student, identity_head(), Spoken(teacher), targets)
+    torch.testing.assert_close(result.loss, expected.loss)
+    torch.testing.assert_close(result.terms, expected.terms)
+    assert list(result.terms) == list(expected.terms) and not any(term.requires_grad for term in result.terms.values())
+
+
+def test_every_row_of_the_teacher_is_asked_for_once_in_order() -> None:
+    student, teacher, targets = batch()
+    spoken = Spoken(teacher)
+    Objective(forward_kl, "forward_kl", memory_mib=4 * 2 * 4 * VOCAB / 2**20).fused(student, identity_head(), spoken, targets)
+    assert [at for start, stop in spoken.asked for at in range(start, stop)] == list(range(6)) and len(spoken.asked) == 2
+
+
+def test_with_cross_entropy_alone_the_fused_path_asks_no_teacher() -> None:
+    class Never:
+        def rows(self, rows: slice, vocab_size: int | None) -> Any:
+            raise AssertionError("the teacher was asked")
+
+    student, _, targets = batch()
+    objective = Objective(None, "forward_kl", kl_weight=0.0, ce_weight=1.0)
+    for teacher in (Never(), None):
+        result = objective.fused(student, identity_head(), teacher, targets)
+        assert list(result.terms) == ["ce"]
+        torch.testing.assert_close(result.loss, objective(student, None, targets).loss)
