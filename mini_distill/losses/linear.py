@@ -14,7 +14,7 @@ Axes: N supervised tokens, H hidden, V vocabulary, K terms.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ TILE = 2**18
 """Logits, 1 MB in float32, whose terms are computed at a time on a CPU: the dozen passes of a softmax then run in its cache."""
 
 
-def is_plain(module: nn.Module) -> bool:
+def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a module is a linear layer and nothing else: no hook, no replaced `forward`, a weight that is an ordinary tensor.
 
     (Accelerate replaces `forward` on the object; torchao and tensor parallelism put tensors of their own into the layer.)
@@ -294,6 +294,8 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor 
 def _product(gradient: Tensor, weight: Tensor) -> Tensor:
     """`(n, V)` · `(V, H)` -> `(n, H)`."""
     with torch.autocast(gradient.device.type, enabled=False):
+        if gradient.is_cuda and gradient.dtype not in (torch.float32, torch.float64):
+            return torch.mm(gradient, weight, out_dtype=torch.float32)
         if gradient.dtype == weight.dtype:
             return gradient @ weight
         total = torch.zeros(len(gradient), weight.shape[1], dtype=gradient.dtype, device=gradient.device)

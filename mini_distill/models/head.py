@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..data.batch import Batch
 from ..errors import ModelError
-from ..losses.linear import matmul_dtype, project
+from ..losses.linear import is_plain, matmul_dtype, project
 from ..losses.reduction import at_least_float32, loss_mask
 
 
@@ -69,7 +69,7 @@ class OutputHead:
         Returns:
             The logits `(n, vocab)`, and the buffer that they may lie in.
         """
-        if type(self.module) is not nn.Linear:
+        if not is_plain(self.module):
             return self.adjust(at_least_float32(self.module(hidden)[:, :vocab_size])), None
         weight, bias = self.module.weight[:vocab_size], self.module.bias
         dtype = matmul_dtype(hidden, weight)
