@@ -80,16 +80,12 @@ class Variant:
         self.settings, self.seconds = settings, list[float]()
         self.final: Line = {}
         self.skipped: str | None = None
-        self.log = tempfile.TemporaryFile("w+")
+        self.log = Path(folder, f"{settings.variant}.log")
         quiet = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}
-        self.process = subprocess.Popen(
-            [python, str(Path(__file__).with_name("benchmark_variants.py")), json.dumps(asdict(settings))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-            env={**os.environ, **quiet, "OMP_NUM_THREADS": str(settings.threads), "TMPDIR": folder},
-        )
+        environment = {**os.environ, **quiet, "OMP_NUM_THREADS": str(settings.threads), "TMPDIR": folder}
+        command = [python, str(Path(__file__).with_name("benchmark_variants.py")), json.dumps(asdict(settings))]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
         self._listen()  # until it is ready: they start one after the other
 
     def step(self) -> None:
@@ -114,14 +110,13 @@ class Variant:
     def _listen(self) -> None:
         assert self.process.stdout is not None
         said = self.process.stdout.readline()
-        message = json.loads(said) if said else {"skipped": f"ended with {self.process.wait()}"}
+        message: Line = json.loads(said) if said else {"skipped": f"ended with {self.process.wait()}"}
         if "seconds" in message:
             self.seconds.append(message["seconds"])
         self.final = message.get("final", self.final)
         self.skipped = message.get("skipped", self.skipped)
         if "skipped" in message:
-            self.log.seek(0)
-            print(f"{self.settings.variant}: {self.skipped}\n{self.log.read()[-2000:]}", file=sys.stderr)
+            print(f"{self.settings.variant}: {self.skipped}\n{self.log.read_text()[-2000:]}", file=sys.stderr)
 
 
 def measure(names: list[str], settings: Settings, rounds: int, warmup: int, peer_python: str) -> list[Line]:
@@ -145,8 +140,11 @@ def summarise(variants: list[Variant], warmup: int) -> list[Line]:
     _compare_losses(lines)
     if all(name in times for name in FLOOR_SUM):
         sums = [sum(pair) for pair in zip(*(times[name] for name in FLOOR_SUM), strict=True)]
-        shared = {name: value for name, value in asdict(variants[0].settings).items() if name != "variant"}
-        lines.append({"variant": "floor_sum", **shared, **_timing(sums, times[reference], reference)})
+        own = {
+            "variant": "floor_sum",
+            "supervised_share": next(line["supervised_share"] for line in lines if line["variant"] == FLOOR_SUM[0]),
+        }
+        lines.append({**asdict(variants[0].settings), **own, **_timing(sums, times[reference], reference)})
     return [_with_speed(line) for line in lines]
 
 
@@ -196,6 +194,8 @@ def _compare_losses(lines: list[Line]) -> None:
 
 def markdown(lines: list[Line]) -> str:
     """A table for each combination of settings that was measured."""
+    if "way" in lines[0]:
+        return _error_table(lines)
     groups: dict[str, list[Line]] = {}
     for line in lines:
         groups.setdefault(json.dumps([line[field.name] for field in fields(Settings) if field.name != "variant"]), []).append(line)
@@ -212,8 +212,19 @@ def _table(lines: list[Line]) -> str:
     columns = ["variant", "step (s)", "tokens/s", f"time / {head.get('reference', '')}", "peak above models (MiB)"]
     columns += ["head products, share of ceiling"] if on_gpu else []
     rows = [_row(line, on_gpu) for line in lines]
-    table = [columns, [":--", *["--:"] * (len(columns) - 1)], *rows]
-    return f"{title}:\n\n" + "\n".join("| " + " | ".join(row) + " |" for row in table)
+    return f"{title}:\n\n" + _pipes([columns, *rows])
+
+
+def _error_table(lines: list[Line]) -> str:
+    rows = [["gradients", "hidden states", "head's weight"]]
+    rows += [[line["way"], *(f"{line[name]:.3%}" for name in ("hidden_error", "weight_error"))] for line in lines]
+    return f"Vocabulary {lines[0]['vocab']:,}, {lines[0]['rows']:,} tokens, {lines[0]['device']}:\n\n" + _pipes(rows)
+
+
+def _pipes(rows: list[list[str]]) -> str:
+    under = "|:--|" + "--:|" * (len(rows[0]) - 1)
+    head, *body = ("| " + " | ".join(row) + " |" for row in rows)
+    return "\n".join([head, under, *body])
 
 
 def _row(line: Line, on_gpu: bool) -> list[str]:
@@ -221,6 +232,7 @@ def _row(line: Line, on_gpu: bool) -> list[str]:
         return [line["variant"], f"skipped: {line['skipped']}", *[""] * (4 if on_gpu else 3)]
     peak = f"{line['peak_mib']:,.0f}" if "peak_mib" in line else ""
     ratio = f"{line['ratio']:.2f} ({line['ratio_low']:.2f}–{line['ratio_high']:.2f})"
+    ratio += f", {line['reference']} is {line['inverse_ratio']:.2f} of it" if line["variant"] == "floor_sum" else ""
     share = f"{line['head_share_of_ceiling']:.0%}" if "head_share_of_ceiling" in line else ""
     return [line["variant"], f"{line['seconds']:.3f}", f"{line['tokens_per_second']:,.0f}", ratio, peak, *([share] if on_gpu else [])]
 
@@ -230,7 +242,7 @@ def read_lines(path: Path) -> list[Line]:
     latest: dict[str, Line] = {}
     for text in path.read_text(encoding="utf-8").splitlines():
         line = json.loads(text)
-        key = {field.name: line[field.name] for field in fields(Settings)}
+        key = {name: line.get(name) for name in ("way", *(field.name for field in fields(Settings)))}
         latest[json.dumps(key)] = line
     return list(latest.values())
 
@@ -289,7 +301,8 @@ def gradient_error(settings: Settings) -> list[Line]:
 def _linear(weight: Any) -> Any:
     import torch
 
-    layer = torch.nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+    vocab, width = weight.shape
+    layer = torch.nn.Linear(width, vocab, bias=False, device="meta")
     layer.weight = weight if isinstance(weight, torch.nn.Parameter) else torch.nn.Parameter(weight, requires_grad=False)
     return layer
 

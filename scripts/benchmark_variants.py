@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from itertools import cycle
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from benchmark_step import Settings
@@ -161,7 +161,8 @@ class Work:
             bos_token_id=1,
             eos_token_id=2,
         )
-        return LlamaForCausalLM(config).to(self.settings.device, self.dtype)
+        model: nn.Module = LlamaForCausalLM(config)
+        return cast(LlamaForCausalLM, model.to(self.settings.device, self.dtype))
 
     def _batch(self, seed: int) -> Fields:
         """Prompts of one length, and padding on the right that grows from row to row."""
@@ -209,7 +210,8 @@ def plain_full(work: Work) -> Step:
     def loss_of(batch: Fields) -> Tensor:
         targets = batch["labels"][:, 1:].flatten()
         student_logits = student(**inputs(batch)).logits[:, :-1].flatten(0, 1).float()
-        ce = cross_entropy(student_logits, targets, ignore_index=IGNORE) if work.settings.objective != "forward_kl" else 0.0
+        needs_ce = work.settings.objective != "forward_kl"
+        ce = cross_entropy(student_logits, targets, ignore_index=IGNORE) if needs_ce else student_logits.new_zeros(())
         if teacher is None:
             return ce
         with torch.no_grad():
@@ -286,8 +288,8 @@ def _framework(work: Work, objective: str) -> Step:
 def _framework_batches(work: Work) -> list[Any]:
     from mini_distill.data.batch import Batch
 
-    names, row_ids = ("input_ids", "labels", "position_ids"), torch.arange(work.settings.batch)
-    return [Batch(*(batch[name] for name in names), row_ids, torch.ones_like(batch["labels"])) for batch in work.batches]
+    row_ids = torch.arange(work.settings.batch)
+    return [Batch(b["input_ids"], b["labels"], b["position_ids"], row_ids, b["attention_mask"]) for b in work.batches]
 
 
 # ------------------------------------------------------------------------------------------------------------------------------ peers
@@ -441,7 +443,7 @@ def _train(work: Work, trainer: Any) -> None:
 # ------------------------------------------------------------------------------------------------------------------------ the process
 
 VARIANTS: dict[str, Callable[[Work], Step | None]] = {
-    function.__name__: function  # type: ignore[attr-defined]
+    function.__name__: function
     for function in (
         mini_distill,
         ce_fused,

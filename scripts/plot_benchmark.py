@@ -52,12 +52,15 @@ def plot(lines: list[Line], axis: str, variants: list[str] | None, path: Path) -
 
 def _axes(panel: Any, axis: str, values: list[float]) -> None:
     """Ticks at what was measured."""
+    from matplotlib.ticker import LogLocator
+
     if axis == "supervised_share":
-        panel.set(xlim=(0, 1.02), ylim=(0, None))
-        panel.set_xticks(values, [f"{value:.0%}" for value in values])
+        panel.set(xlim=(0, 1.02), ylim=(0, 1.08 * panel.dataLim.ymax))
+        panel.set_xticks(values, [f"{100 * value:g} %" for value in values])
     else:
         panel.set(xscale="log", yscale="log")
         panel.set_xticks(values, [f"{value:,.0f}" for value in values])
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.yaxis.set_major_formatter("{x:g}")
     panel.minorticks_off()
     panel.grid(axis="y", color="#dddddd", lw=0.6)
