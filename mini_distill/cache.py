@@ -20,6 +20,7 @@ if __name__ == "__main__":
 import json
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from .config import CacheCommand
 from .data.order import Stream
 from .data.prepare import prepare_data
 from .data.tokenizers import tokenizer_fingerprint, vocabulary_size
-from .distillation import check_vocabulary, start_processes
+from .distillation import check_vocabulary, naming_the_process, start_processes
 from .errors import CacheError, Preempted
 from .folder_lock import FolderLock
 from .losses.divergences import forward_kl
@@ -44,7 +45,7 @@ from .models.identity import weights_fingerprint
 from .models.packed_documents import check_documents_kept_apart
 from .storage import atomic_write_text, size_text
 from .teachers.cache_build import CacheBuilder
-from .teachers.cache_identity import DESCRIPTION, identity, read_description
+from .teachers.cache_identity import identity, read_description, write_description
 from .teachers.cached import CachedTeacher, open_side
 from .teachers.load import load_teacher, load_teacher_tokenizer, teacher_path
 from .teachers.online import OnlineTeacher
@@ -62,7 +63,7 @@ def build(config: CacheCommand) -> dict[str, Any]:
         Preempted: SIGTERM or Ctrl-C; finished shards stay.
     """
     folder = _folder(config)
-    with StopRequest() as stop, ExitStack() as held:
+    with naming_the_process(), StopRequest() as stop, ExitStack() as held:
         accelerator = start_processes(config.precision, config.num_threads)
         builder, wanted, facts = _prepare(config, accelerator, stop)
         if accelerator.is_main_process:
@@ -74,15 +75,16 @@ def build(config: CacheCommand) -> dict[str, Any]:
         sides = {name: open_side(folder, description, name) for name in description["sides"]}
         predicted = builder.predict(sides)
         if accelerator.is_main_process:
-            print(_prediction(predicted, config))
+            print(_prediction(predicted, config), flush=True)
             builder.check_space(predicted["cache/predicted_bytes"] - _bytes_on_disk(folder))
-        started = time.perf_counter()
-        scored = builder.build(sides, show_progress=accelerator.is_main_process)
         accelerator.wait_for_everyone()
+        started = time.perf_counter()
+        own = builder.build(sides, show_progress=accelerator.is_main_process)
+        scored = int(accelerator.reduce(torch.tensor(own, device=accelerator.device), "sum").item())
         seconds = time.perf_counter() - started
         summary: dict[str, Any] = {}
         if accelerator.is_main_process:
-            summary = _finish(folder, description, predicted, scored * accelerator.num_processes, seconds)
+            summary = _finish(folder, description, predicted, scored, seconds)
             print(_result(folder, summary))
         accelerator.wait_for_everyone()
         return summary
@@ -206,6 +208,8 @@ def _prediction(predicted: dict[str, float], config: CacheCommand) -> str:
 
 def _finish(folder: Path, description: dict[str, Any], predicted: dict[str, float], scored: int, seconds: float) -> dict[str, Any]:
     """The description with its figures; a build that found all shards in place keeps those of the build that made them."""
+    if scored == 0 and description["complete"]:
+        return description["summary"]
     size = _bytes_on_disk(folder)
     train = sum(file.stat().st_size for file in (folder / "train").rglob("*.npy"))
     tokens = sum(int(np.load(file, mmap_mode="r")[-1]) for file in (folder / "train").rglob("starts.npy"))
@@ -216,9 +220,8 @@ def _finish(folder: Path, description: dict[str, Any], predicted: dict[str, floa
         "cache/seconds": seconds,
         "cache/scored_sequences": scored,
     }
-    description = description | {"complete": True, "summary": summary}
-    atomic_write_text(folder / DESCRIPTION, json.dumps(description, indent=2) + "\n")
     atomic_write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_description(folder, description | {"complete": True, "summary": summary})
     return summary
 
 
@@ -239,8 +242,10 @@ def _differences(builder: CacheBuilder, cached: CachedTeacher, stream: Stream, n
     with torch.no_grad(), builder.autocast():
         live = builder.teacher(batch)
         tokens = int(loss_mask(batch.labels).sum())
-        logits = live.rows(slice(0, tokens), builder.vocab_size) / builder.config.temperature
+        logits, temperature = live.rows(slice(0, tokens), builder.vocab_size), builder.config.temperature
         rows = cached(batch).rows(slice(0, tokens), builder.vocab_size)
+        if isinstance(rows, TopKRows):
+            rows = replace(rows, spread=False)  # a spread tail is far from the teacher's, and meant to be
         if isinstance(rows, SampledRows | TopKRows):
-            return rows.compare("forward_kl", forward_kl, logits.log_softmax(-1), {}).cpu()
-        return forward_kl(logits, rows).cpu()  # hidden states are kept at temperature 1 only
+            return rows.compare("forward_kl", forward_kl, (logits / temperature).log_softmax(-1), {}).cpu()
+        return forward_kl(logits, rows, temperature).cpu()

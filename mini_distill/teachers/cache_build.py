@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,13 +20,13 @@ from transformers import PreTrainedTokenizerBase
 from ..config import CacheConfig
 from ..data.batch import Batch
 from ..data.order import Stream
-from ..errors import CacheError
+from ..errors import CacheError, StorageError
 from ..losses.reduction import loss_mask, supervised_targets
-from ..storage import atomic_folder, atomic_write_text, check_writable, remove_stale_temporaries, verify_folder
-from .cache_files import CHECKSUMS, SEQUENCE_STARTS, Columns, Side, join, write_columns
-from .cache_identity import DESCRIPTION, check_same, read_description
-from .cache_kinds import KINDS, Kind, entry_starts
-from .cached import checksums, save_head
+from ..storage import atomic_folder, check_writable, remove_stale_temporaries, size_text, verify_folder
+from .cache_files import CHECKSUMS, MARK, SEQUENCE_STARTS, Columns, Side, join, write_columns
+from .cache_identity import DESCRIPTION, check_same, read_description, write_description
+from .cache_kinds import entry_starts
+from .cached import checksums, kind_of_side, save_head
 from .online import OnlineTeacher
 from .sampling import entropy
 
@@ -64,16 +64,20 @@ class CacheBuilder:
     world_size: int = 1
 
     def __post_init__(self) -> None:
-        self.kind: Kind = KINDS[self.config.kind](self.config, self.vocab_size)
+        self.kinds = {side: kind_of_side(self.config, side, self.vocab_size) for side in self.streams}
 
     # ---------------------------------------------------------------------------------------------------------- before scoring
 
     def describe(self, identity: dict[str, Any], facts: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
         """Write down what the folder is, or find that it is that already; with what a run needs besides targets.
 
+        What killed builders left half written is cleared away.
+
         Raises:
             CacheError: it holds a cache of something else.
         """
+        for parent in (self.folder, *(self.folder / side for side in self.streams)):
+            remove_stale_temporaries(parent)
         description = {
             "identity": identity,
             "cache": asdict(self.config),
@@ -94,7 +98,7 @@ class CacheBuilder:
             with atomic_folder(self.folder / "head") as temporary:
                 save_head(temporary, self.teacher.language_model.head)
         if not (self.folder / DESCRIPTION).exists():
-            atomic_write_text(self.folder / DESCRIPTION, json.dumps(description, indent=2) + "\n")
+            write_description(self.folder, description)
 
     def _shard_sequences(self, stream: Stream) -> int:
         """So that a shard is neither a crumb nor a loss when it has to be made again."""
@@ -109,9 +113,9 @@ class CacheBuilder:
         """Score one batch, and from it foretell size, time and what the targets hold of the distribution."""
         side = sides["train"]
         numbers = list(side.sequences_of(0))[: self.config.batch_size]
-        self._score(self.streams["train"].batch(numbers[:1]), held_out=False)  # warm
+        self._score(self.streams["train"].batch(numbers[:1]), "train")  # warm
         started = time.perf_counter()
-        columns, masses = self._score(self.streams["train"].batch(numbers), held_out=False)
+        columns, masses = self._score(self.streams["train"].batch(numbers), "train")
         seconds = time.perf_counter() - started
         tokens = sum(len(part) for part in masses)
         total = sum(stream.num_supervised for stream in self.streams.values())
@@ -130,7 +134,11 @@ class CacheBuilder:
         Raises:
             StorageError: there is too little.
         """
-        check_writable(self.folder, int(needed))
+        check_writable(self.folder)
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            what = f"{size_text(free)} of free space, expected at least {size_text(needed)} for what is still to be written"
+            raise StorageError(str(self.folder), what, "Free some space, choose another cache.dir, or a smaller cache.k or cache.kind.")
 
     # ----------------------------------------------------------------------------------------------------------------- scoring
 
@@ -174,7 +182,7 @@ class CacheBuilder:
         sums: dict[int, int] = {}
         for batch in self._batches(stream, side.sequences_of(number)):
             self.check_stop()
-            found |= self._score(batch, held_out=side.name == "held_out")[0]
+            found |= self._score(batch, side.name)[0]
             sums.update(zip(batch.row_ids.tolist(), checksums(batch), strict=True))
             progress.update(len(batch))
         ordered = [found[i] for i in side.sequences_of(number)]
@@ -182,7 +190,8 @@ class CacheBuilder:
         starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
         columns = join(ordered)
         del columns["_tokens"]
-        own: Columns = {SEQUENCE_STARTS: starts, CHECKSUMS: np.array([sums[i] for i in side.sequences_of(number)], dtype=np.uint32)}
+        found_sums = np.array([sums[i] for i in side.sequences_of(number)], dtype=np.uint32)
+        own: Columns = {SEQUENCE_STARTS: starts, CHECKSUMS: found_sums, MARK: side.mark(number)}
         return columns | entry_starts(columns, starts) | own
 
     def _batches(self, stream: Stream, numbers: range) -> Iterator[Batch]:
@@ -195,9 +204,9 @@ class CacheBuilder:
             yield _cut(Batch.concatenate([whole[i] for i in chosen]), lengths[chosen[-1]])
 
     @torch.no_grad()
-    def _score(self, batch: Batch, held_out: bool) -> tuple[dict[int, Columns], list[Tensor]]:
+    def _score(self, batch: Batch, side: str) -> tuple[dict[int, Columns], list[Tensor]]:
         """Sequence number -> its columns; and the captured mass of each token."""
-        batch = batch.to(self.teacher.device)
+        batch, kind, held_out = batch.to(self.teacher.device), self.kinds[side], side == "held_out"
         with self.autocast():
             targets = self.teacher(batch)
             counts = loss_mask(batch.labels).sum(-1).tolist()
@@ -210,21 +219,21 @@ class CacheBuilder:
                     logits = targets.rows(rows, self.vocab_size)
                     if not torch.isfinite(logits).all():
                         raise CacheError(f"sequence {number}", "the teacher's logits are not finite", "Try another teacher.dtype.")
-                    probs = torch.softmax(logits / self.config.temperature, -1)
-                    masses.append(self.kind.captured_mass(probs).cpu())
-                    columns = self.kind.encode(logits, targets.hidden[rows], generator)
+                    probs = torch.softmax(logits / kind.config.temperature, -1)
+                    masses.append(kind.captured_mass(probs).cpu())
+                    columns = kind.encode(logits, targets.hidden[rows], generator)
                     columns["_tokens"] = np.zeros(len(logits), dtype=np.uint8)
                     parts.append(columns | (_for_evaluation(logits, next_tokens[rows]) if held_out else {}))
                 at += count
-                found[number] = join(parts) if parts else self._nothing(targets.hidden, held_out)
+                found[number] = join(parts) if parts else self._nothing(targets.hidden, side)
         return found, masses
 
-    def _nothing(self, hidden: Tensor, held_out: bool) -> Columns:
+    def _nothing(self, hidden: Tensor, side: str) -> Columns:
         """The columns of a sequence in which nothing is supervised."""
         logits = torch.zeros(0, self.vocab_size)
-        columns = self.kind.encode(logits, hidden[:0], torch.Generator())
+        columns = self.kinds[side].encode(logits, hidden[:0], torch.Generator())
         columns["_tokens"] = np.zeros(0, dtype=np.uint8)
-        return columns | (_for_evaluation(logits, torch.zeros(0, dtype=torch.int64)) if held_out else {})
+        return columns | (_for_evaluation(logits, torch.zeros(0, dtype=torch.int64)) if side == "held_out" else {})
 
 
 def _for_evaluation(logits: Tensor, targets: Tensor) -> Columns:

@@ -3,7 +3,7 @@
     <cache.dir>/
       cache.json            what it is: kind, teacher, data, tokenizer, sizes
       tokenizer/  head/     what a run needs besides
-      train/shard-00000/    tokens.npy, ids.npy, …, MANIFEST.json with checksums
+      train/shard-00000/    starts.npy, head_ids.npy, …, MANIFEST.json with checksums
       held_out/shard-00000/
 
 Arrays are addressed by the number of a sequence and the place of a token among its supervised ones; nothing depends on batches.
@@ -13,8 +13,10 @@ Axes: T supervised tokens of a shard, k entries of a token, V vocabulary, H hidd
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,12 @@ from ..storage import verify_folder
 Columns = dict[str, np.ndarray]
 SEQUENCE_STARTS = "starts"
 CHECKSUMS = "checksums"
-"""Columns that every shard has: `(sequences + 1,)` int64, where each one's tokens begin; `(sequences,)` uint32, of its tokens."""
+MARK = "mark"
+"""Columns that every shard has: `(sequences + 1,)` int64, where each one's tokens begin; `(sequences,)` uint32, of its tokens;
+`(32,)` uint8, SHA-256 of which shard of which cache it is."""
+
+TOKENS_AT_ONCE = 2**18
+"""Tokens that are looked through at a time when a shard is opened."""
 
 
 def shard_folder(cache: Path, side: str, number: int) -> Path:
@@ -36,9 +43,12 @@ def shard_folder(cache: Path, side: str, number: int) -> Path:
 
 
 def write_columns(folder: Path, columns: Columns) -> None:
-    """One file a column."""
+    """One file a column, as `np.save` writes it; on a full disk that raises an error without a number."""
     for name, values in columns.items():
-        np.save(folder / f"{name}.npy", values, allow_pickle=False)
+        with open(folder / f"{name}.npy", "xb") as file:
+            rows = np.ascontiguousarray(values)
+            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(rows))
+            file.write(rows.data)
 
 
 class Shard:
@@ -46,9 +56,8 @@ class Shard:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.starts = self._load(SEQUENCE_STARTS)[:]
-        self.checksums = self._load(CHECKSUMS)[:]
         self._columns: Columns = {}
+        self.starts, self.checksums = self[SEQUENCE_STARTS], self[CHECKSUMS]
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self._columns:
@@ -61,6 +70,43 @@ class Shard:
     def tokens(self, sequence: int) -> slice:
         """The tokens of a sequence, by its number within the shard."""
         return slice(int(self.starts[sequence]), int(self.starts[sequence + 1]))
+
+    def check_counts(self, sequences: int) -> None:
+        """Whether every sequence has its place.
+
+        Raises:
+            CacheError: it has not.
+        """
+        self.check_column(CHECKSUMS, (sequences,), np.uint32)
+        self.check_starts(SEQUENCE_STARTS, sequences)
+
+    def check_starts(self, name: str, sequences: int) -> int:
+        """The same for a column that says where something begins; gives the end of the last."""
+        self.check_column(name, (sequences + 1,), np.int64)
+        starts = self[name]
+        if starts[0] != 0 or (np.diff(starts) < 0).any():
+            raise self.wrong(name, "does not begin at 0 and rise")
+        return int(starts[-1])
+
+    def check_column(self, name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+        """A column that has to look like this.
+
+        Raises:
+            CacheError: it does not.
+        """
+        column = self[name]
+        if column.shape != shape or column.dtype != dtype:
+            raise self.wrong(name, f"has shape {column.shape} of {column.dtype}, expected {shape} of {np.dtype(dtype)}")
+        return column
+
+    def wrong(self, name: str, what: str) -> CacheError:
+        """A column that holds what no builder writes, under a checksum that fits."""
+        return CacheError(str(self.folder), f"{name} {what}", "Delete this folder and build the cache again: only it is made anew.")
+
+    def blocks(self) -> Iterator[slice]:
+        """Runs of sequences of about TOKENS_AT_ONCE tokens."""
+        cuts = [0, *np.flatnonzero(np.diff(self.starts[:-1] // TOKENS_AT_ONCE)) + 1, len(self.checksums)]
+        return (slice(int(start), int(stop)) for start, stop in pairwise(cuts))
 
     def _load(self, name: str) -> np.ndarray:
         file = self.folder / f"{name}.npy"
@@ -79,12 +125,16 @@ class Side:
         name: `train` or `held_out`.
         num_sequences: Of the side.
         shard_sequences: Of each shard but the last.
+        identity: Digest of what the cache is of.
+        check: Called with each shard that is opened; raises when its content is impossible.
     """
 
     cache: Path
     name: str
     num_sequences: int
     shard_sequences: int
+    identity: str
+    check: Callable[[Shard], None] = lambda shard: None
 
     def __post_init__(self) -> None:
         self._shards: dict[int, Shard] = {}
@@ -103,19 +153,37 @@ class Side:
         """Where it lies."""
         return shard_folder(self.cache, self.name, shard)
 
+    def mark(self, shard: int) -> np.ndarray:
+        """Which shard of which cache it is: a folder moved here from elsewhere is not taken for ours."""
+        sequences = self.sequences_of(shard)
+        text = f"{self.identity} {self.name} {sequences.start} {sequences.stop}"
+        return np.frombuffer(hashlib.sha256(text.encode()).digest(), dtype=np.uint8)
+
     def damaged(self) -> dict[int, str]:
         """Shard -> what is wrong with it, for those that cannot be used."""
         problems = {}
         for number in range(self.num_shards):
-            if found := (verify_folder(self.folder(number)) if self.folder(number).exists() else ["missing"]):
+            folder = self.folder(number)
+            if found := (verify_folder(folder) if folder.exists() else ["missing"]):
                 problems[number] = found[0]
+            elif not self._is_ours(number):
+                problems[number] = "of another cache, or of other sequences"
         return problems
+
+    def _is_ours(self, shard: int) -> bool:
+        try:
+            return np.array_equal(np.load(self.folder(shard) / f"{MARK}.npy", allow_pickle=False), self.mark(shard))
+        except (OSError, ValueError):
+            return False
 
     def locate(self, sequence: int) -> tuple[Shard, int]:
         """The shard of a sequence, and its number there."""
         number, place = divmod(sequence, self.shard_sequences)
         if number not in self._shards:
-            self._shards[number] = Shard(self.folder(number))
+            shard = Shard(self.folder(number))
+            shard.check_counts(len(self.sequences_of(number)))
+            self.check(shard)
+            self._shards[number] = shard
         return self._shards[number], place
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..config import CacheConfig
 from ..errors import CacheError, Problem
+from ..storage import atomic_write_text
 
 DESCRIPTION = "cache.json"
 FORMAT = 1
@@ -37,12 +38,17 @@ def identity(config: CacheConfig, *, data: dict[str, Any], tokenizer: str, weigh
 
 
 def digest(of: dict[str, Any]) -> str:
-    """SHA-256 of an identity."""
+    """SHA-256 of JSON values."""
     return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
 
 
+def write_description(folder: Path, description: dict[str, Any]) -> None:
+    """`cache.json`, with its own checksum: how the targets are read depends on it."""
+    atomic_write_text(folder / DESCRIPTION, json.dumps(description | {"sha256": digest(description)}, indent=2) + "\n")
+
+
 def read_description(folder: Path) -> dict[str, Any]:
-    """What `cache.json` says.
+    """What `write_description` wrote.
 
     Raises:
         CacheError: there is none, or it is no description of a cache that this version reads.
@@ -59,6 +65,8 @@ def read_description(folder: Path) -> dict[str, Any]:
         ) from error
     if known != FORMAT:
         raise CacheError(str(file), f"format {known}, expected {FORMAT}", "Build the cache again with this version, in another folder.")
+    if found.pop("sha256", None) != digest(found):
+        raise CacheError(str(file), "was changed since it was written: wrong checksum", "Build the cache again in another folder.")
     return found
 
 
@@ -86,7 +94,7 @@ def check_same(cached: dict[str, Any], wanted: dict[str, Any], folder: Path, rem
 
 def _leaves(value: Any, path: str = "") -> dict[str, Any]:
     """Full path -> value."""
-    if not isinstance(value, dict) or not value:
+    if not isinstance(value, dict) or (path and not value):
         return {path: value}
     return {key: leaf for name, inner in value.items() for key, leaf in _leaves(inner, f"{path}.{name}" if path else str(name)).items()}
 

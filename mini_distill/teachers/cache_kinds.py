@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..config import CacheConfig
+from ..errors import ConfigError
 from ..losses.linear import TeacherRows
 from ..losses.sparse import SampledRows, TopKRows
 from ..models.head import OutputHead
@@ -53,6 +54,14 @@ class Kind(ABC):
     def decode(self, parts: list[Place], device: torch.device) -> TeacherRows:
         """The targets of some sequences, one after the other."""
 
+    @abstractmethod
+    def check(self, shard: Shard) -> None:
+        """Look at the whole content of a shard, once: whatever wrote it, what cannot be a distribution is not trained on.
+
+        Raises:
+            CacheError: counts that do not match, token numbers beyond the vocabulary, numbers that are not finite, mass above 1.
+        """
+
     def captured_mass(self, probs: Tensor) -> Tensor:
         """`(T,)`: the share of the distribution whose tokens are certain to be listed."""
         return torch.ones(len(probs))
@@ -71,13 +80,14 @@ class SparseTargets:
 
 @dataclass
 class LogProbTargets:
-    """Log-probabilities of the whole vocabulary."""
+    """Log-probabilities of the whole vocabulary at a temperature."""
 
     log_probs: Tensor
+    temperature: float = 1.0
 
     def rows(self, rows: slice, vocab_size: int | None = None) -> Tensor:
-        """Those of some tokens, as logits `(n, V)` in float32."""
-        return self.log_probs[rows, :vocab_size].float()
+        """Those of some tokens, as logits before temperature `(n, V)` in float32."""
+        return self.log_probs[rows, :vocab_size].float() * self.temperature
 
 
 class Sampled(Kind):
@@ -132,6 +142,33 @@ class Sampled(Kind):
         entropies = self.entropy_table[torch.from_numpy(shard["entropy"][tokens].astype(np.int64))]
         return head_counts + tail_counts, ids, weights.float(), entropies.float()
 
+    def check(self, shard: Shard) -> None:
+        """Every token has entries, and their weights are those of a distribution."""
+        sequences, tokens = len(shard.checksums), int(shard.starts[-1])
+        shard.check_column("entropy", (tokens,), np.uint8)
+        for name in ENTRIES:
+            shard.check_column(f"{name}_counts", (tokens,), np.uint8)
+            check_ids(shard, f"{name}_ids", (shard.check_starts(f"{name}_starts", sequences),), self.vocab_size)
+        shard.check_column("head_levels", shard["head_ids"].shape, np.uint8)
+        importance = self.config.sampling == "draws" and self.config.proposal != 1
+        most = self.table[-1].item() if importance else 1.0
+        most *= (self.table[-1] / self.table[-2]).item() + 1e-3  # each weight was rounded to one of two levels
+        for block in shard.blocks():
+            at = slice(int(shard.starts[block.start]), int(shard.starts[block.stop]))
+            ends = {}
+            for name in ENTRIES:
+                ends[name] = np.concatenate([[0], np.cumsum(shard[f"{name}_counts"][at], dtype=np.int64)])
+                wanted = shard[f"{name}_starts"][block.start : block.stop + 1]
+                if not np.array_equal(ends[name][shard.starts[block.start : block.stop + 1] - at.start] + wanted[0], wanted):
+                    raise shard.wrong(f"{name}_counts", "do not match where the entries of each sequence begin")
+            if (np.diff(ends["head"]) + np.diff(ends["tail"]) == 0).any():
+                raise shard.wrong("head_counts", "and tail_counts are 0 for some token")
+            first = shard["head_starts"][block.start]
+            levels = shard["head_levels"][first : first + ends["head"][-1]]
+            mass = np.diff(np.concatenate([[0.0], np.cumsum(self.table.numpy()[levels])])[ends["head"]])
+            if (mass > most).any():
+                raise shard.wrong("head_levels", f"give a token a mass of {mass.max():.4g}, expected at most {most:.4g}")
+
     def captured_mass(self, probs: Tensor) -> Tensor:
         """What is above the threshold; of independent draws nothing is certain, so what a draw would miss is left out."""
         if self.config.sampling == "threshold":
@@ -143,6 +180,11 @@ class Sampled(Kind):
 
 class TopK(Kind):
     """The most likely tokens; their log-probabilities in a byte each, between the first and the last of the row."""
+
+    def __init__(self, config: CacheConfig, vocab_size: int) -> None:
+        super().__init__(config, vocab_size)
+        if config.k > vocab_size:
+            raise ConfigError("cache.k", f"got {config.k}, expected at most the {vocab_size} tokens of the vocabulary")
 
     def encode(self, logits: Tensor, hidden: Tensor, generator: torch.Generator) -> Columns:
         """Token numbers, levels, the two ends of the levels and the mass of the tail."""
@@ -171,6 +213,27 @@ class TopK(Kind):
         log_probs = first[:, None] - levels / 255 * (first - last)[:, None]
         return unpack_ids(shard, "ids", tokens), log_probs, torch.from_numpy(np.array(shard["tail"][tokens]))
 
+    def check(self, shard: Shard) -> None:
+        """Finite, and of no more mass than 1 but for rounding."""
+        tokens, k = int(shard.starts[-1]), self.config.k
+        check_ids(shard, "ids", (tokens, k), self.vocab_size)
+        shard.check_column("levels", (tokens, k), np.uint8)
+        shard.check_column("ends", (tokens, 2), np.float16)
+        shard.check_column("tail", (tokens,), np.float32)
+        for block in shard.blocks():
+            at = slice(int(shard.starts[block.start]), int(shard.starts[block.stop]))
+            first, last = shard["ends"][at].astype(np.float32).T
+            tail = shard["tail"][at]
+            if not (np.isfinite(first) & np.isfinite(last) & np.isfinite(tail)).all():
+                raise shard.wrong("ends", "or tail holds numbers that are not finite")
+            if (first > 0).any() or (last > first).any() or (tail < 0).any():
+                raise shard.wrong("ends", "or tail are not those of probabilities in descending order")
+            log_probs = first[:, None] - shard["levels"][at].astype(np.float32) / 255 * (first - last)[:, None]
+            mass = np.exp(log_probs).sum(-1) + tail
+            most = np.exp((first - last) / 510 - last * 2**-10) + 1e-3  # half a level, and the rounding of the ends
+            if (mass > most).any():
+                raise shard.wrong("levels", f"give a token a mass of {mass[mass > most].max():.4g}")
+
     def captured_mass(self, probs: Tensor) -> Tensor:
         """Of the k most likely."""
         return probs.topk(self.config.k, -1).values.sum(-1)
@@ -186,7 +249,16 @@ class Full(Kind):
     def decode(self, parts: list[Place], device: torch.device) -> LogProbTargets:
         """As logits, which log-probabilities are."""
         rows = [to_tensor(shard["log_probs"][shard.tokens(sequence)]) for shard, sequence in parts]
-        return LogProbTargets(torch.cat(rows).to(device))
+        return LogProbTargets(torch.cat(rows).to(device), self.config.temperature)
+
+    def check(self, shard: Shard) -> None:
+        """Finite, with a mass of 1 but for rounding."""
+        shard.check_column("log_probs", (int(shard.starts[-1]), self.vocab_size), np.uint16)
+        rows = max(1, 2**22 // self.vocab_size)
+        for start in range(0, int(shard.starts[-1]), rows):
+            mass = to_tensor(shard["log_probs"][start : start + rows]).float().exp().sum(-1)
+            if not ((mass - 1).abs() < 0.05).all():
+                raise shard.wrong("log_probs", f"give a token a mass of {mass[~((mass - 1).abs() < 0.05)][0]:.4g}, expected 1")
 
 
 class Hidden(Kind):
@@ -201,8 +273,19 @@ class Hidden(Kind):
     def decode(self, parts: list[Place], device: torch.device) -> DenseTargets:
         """The same targets that the teacher itself gives."""
         assert self.head is not None
+        self.head.module.to(device)
         rows = [to_tensor(shard["hidden"][shard.tokens(sequence)]) for shard, sequence in parts]
         return DenseTargets(torch.cat(rows).to(device), self.head, device)
+
+    def check(self, shard: Shard) -> None:
+        """Finite, as wide as the head."""
+        assert self.head is not None and isinstance(self.head.module, torch.nn.Linear)
+        width, column = self.head.module.in_features, shard["hidden"]
+        shard.check_column("hidden", (int(shard.starts[-1]), width), column.dtype.type)
+        rows = max(1, 2**22 // width)
+        for start in range(0, len(column), rows):
+            if not to_tensor(column[start : start + rows]).isfinite().all():
+                raise shard.wrong("hidden", "holds numbers that are not finite")
 
 
 KINDS: dict[str, type[Kind]] = {"sampled": Sampled, "topk": TopK, "full": Full, "hidden": Hidden}
@@ -216,6 +299,20 @@ def entry_starts(columns: Columns, starts: np.ndarray) -> Columns:
             ends = np.concatenate([[0], np.cumsum(columns[f"{name}_counts"], dtype=np.int64)])
             found[f"{name}_starts"] = ends[starts]
     return found
+
+
+def check_ids(shard: Shard, name: str, shape: tuple[int, ...], vocab_size: int) -> None:
+    """Token numbers that `pack_ids` wrote are those of the vocabulary."""
+    shard.check_column(name, shape, np.uint16)
+    wide = vocab_size > 2**16
+    if wide:
+        shard.check_column(f"{name}_high", shape, np.uint8)
+    for start in range(0, shape[0], 2**20):
+        ids = shard[name][start : start + 2**20].astype(np.int64)
+        if wide:
+            ids |= shard[f"{name}_high"][start : start + 2**20].astype(np.int64) << 16
+        if ids.size and ids.max() >= vocab_size:
+            raise shard.wrong(name, f"hold token {ids.max()}, and the vocabulary has {vocab_size}")
 
 
 def _bytes(counts: Tensor) -> np.ndarray:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -17,8 +19,9 @@ from ..losses.linear import TeacherRows
 from ..losses.reduction import loss_mask
 from ..losses.sparse import SampledRows, TopKRows
 from ..models.head import OutputHead
-from .cache_files import Side, to_tensor
-from .cache_identity import check_same, read_description
+from ..storage import verify_folder
+from .cache_files import Shard, Side, to_tensor
+from .cache_identity import check_same, digest, read_description
 from .cache_kinds import KINDS, Full, Hidden, Kind, Place, Sampled
 
 REBUILD = "Build it again with the same command: only what is missing or damaged is made anew."
@@ -49,7 +52,8 @@ class CachedTeacher:
             number, problem = next(iter(damaged.items()))
             also = f" (and {len(damaged) - 1} more shards)" if len(damaged) > 1 else ""
             raise CacheError(str(self.side.folder(number)), f"{problem}{also}", REBUILD)
-        self.kind = open_kind(folder, self.description)
+        self.kind = open_kind(folder, self.description, side)
+        self.side.check = self._check
 
     def __call__(self, batch: Batch) -> TeacherRows:
         """The targets at the supervised positions of `batch`, on its device.
@@ -82,6 +86,11 @@ class CachedTeacher:
             return SampledRows(torch.zeros(1, dtype=torch.int64), none.long(), none, none)
         return TopKRows(none.long().view(0, 1), none.view(0, 1), none, spread=True)
 
+    def _check(self, shard: Shard) -> None:
+        self.kind.check(shard)
+        if self.side.name == "held_out":
+            check_about_teacher(shard, self.description["vocab_size"])
+
     def _parts(self, batch: Batch) -> list[Place]:
         """Where the sequences of a batch lie; they are the ones that were scored."""
         parts = [self.side.locate(number) for number in batch.row_ids.tolist()]
@@ -103,14 +112,35 @@ def checksums(batch: Batch) -> list[int]:
     return [zlib.crc32(b"".join(array[row, : int(length[row])].astype("<i8").tobytes() for array in arrays)) for row in range(len(batch))]
 
 
+def check_about_teacher(shard: Shard, vocab_size: int) -> None:
+    """Raises CacheError where the columns of ABOUT_TEACHER cannot be what their names say."""
+    for name in ABOUT_TEACHER:
+        column = shard.check_column(name, (int(shard.starts[-1]),), np.int32 if name == "top_id" else np.float32)
+        low, high = (0, vocab_size - 1) if name == "top_id" else (0, np.inf) if name == "exact_entropy" else (-np.inf, 0)
+        if not ((column >= low) & (column <= high) & np.isfinite(column)).all():
+            raise shard.wrong(name, "holds a number out of range")
+
+
 def open_side(folder: Path, description: dict[str, Any], side: str) -> Side:
-    """The shards of a side."""
-    return Side(folder, side, description["sides"][side]["sequences"], description["sides"][side]["shard_sequences"])
+    """The shards of a side.
+
+    Raises:
+        CacheError: the cache has no such side.
+    """
+    if side not in description["sides"]:
+        raise CacheError(str(folder), f"no {side} side", OTHER)
+    sizes = description["sides"][side]
+    return Side(folder, side, sizes["sequences"], sizes["shard_sequences"], digest(description["identity"]))
 
 
-def open_kind(folder: Path, description: dict[str, Any]) -> Kind:
+def kind_of_side(config: CacheConfig, side: str, vocab_size: int) -> Kind:
+    """How the targets of a side are kept: those of held-out sequences are for the evaluation, which is at temperature 1."""
+    return KINDS[config.kind](replace(config, temperature=1.0) if side == "held_out" else config, vocab_size)
+
+
+def open_kind(folder: Path, description: dict[str, Any], side: str) -> Kind:
     """The kind that a cache is of, with the head that hidden states need."""
-    kind = KINDS[description["cache"]["kind"]](CacheConfig(**description["cache"]), description["vocab_size"])
+    kind = kind_of_side(CacheConfig(**description["cache"]), side, description["vocab_size"])
     if isinstance(kind, Hidden):
         kind.head = load_head(folder / "head")
     return kind
@@ -127,8 +157,10 @@ def load_head(folder: Path) -> OutputHead:
     """What `save_head` wrote.
 
     Raises:
-        CacheError: it cannot be read.
+        CacheError: it is damaged.
     """
+    if problems := verify_folder(folder):
+        raise CacheError(str(folder), problems[0], REBUILD)
     file = folder / "head.safetensors"
     try:
         tensors = safetensors.torch.load_file(file)
@@ -138,6 +170,8 @@ def load_head(folder: Path) -> OutputHead:
         module = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in tensors, dtype=weight.dtype)
         module.load_state_dict(tensors)
         softcap = None if numbers["softcap"] == "None" else float(numbers["softcap"])
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise ValueError("not every number is finite")
         return OutputHead(module.requires_grad_(False), float(numbers["scale"]), softcap)
     except (OSError, safetensors.SafetensorError, KeyError, ValueError) as error:
         raise CacheError(str(file), f"cannot be read ({error})", REBUILD) from error
