@@ -21,7 +21,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from .errors import ConfigError, Problem
 
-TEACHER_KINDS = ("embedded", "hf", "cached", "none")
+TEACHER_KINDS = ("embedded", "hf", "server", "cached", "none")
 STUDENT_KINDS = ("scratch", "from_teacher", "hf")
 DATA_SOURCES = ("python_stdlib", "text", "jsonl", "hub", "mixture")
 CACHE_KINDS = ("sampled", "topk", "full", "hidden")
@@ -53,8 +53,8 @@ def option(default: Any, help: str, **limits: Any) -> Any:
 class TeacherConfig:
     """The model whose distribution the student learns."""
 
-    kind: str = option("embedded", "embedded: the small model shipped in the package; hf: any causal LM that transformers loads; cached: nothing but cache_dir; none", choices=TEACHER_KINDS)
-    path: str | None = option(None, "Folder or hub id of an hf teacher")
+    kind: str = option("embedded", "embedded: the small model shipped in the package; hf: any causal LM that transformers loads; server: a vLLM server; cached: nothing but cache_dir; none", choices=TEACHER_KINDS)
+    path: str | None = option(None, "Folder or hub id of an hf teacher; of a server teacher, that of its tokenizer")
     revision: str | None = option(None, "Commit, tag or branch on the hub; pin it for a run that can be repeated")
     dtype: str = option("auto", "Weights in memory; auto: bfloat16 on an accelerator, float32 on a CPU (bfloat16 halves memory)", choices=DTYPES)
     device: str = option("auto", "auto: beside the student; else a torch device such as cuda:1 or cpu")
@@ -62,6 +62,11 @@ class TeacherConfig:
     trust_remote_code: bool = option(False, "Run Python code from the repository; only with a pinned revision you have read")
     cache_dir: str | None = option(None, "Train on the targets of this cache (python -m mini_distill.cache); a live teacher beside it only evaluates and initialises")
     gated: bool = option(False, "The hub repository asks for a licence and a token; only makes the error message say so")
+    url: str | None = option(None, "server: its address, such as http://host:8000; a key it wants is read from MINI_DISTILL_API_KEY alone")
+    model: str | None = option(None, "server: name of the model there; null: the only one")
+    top_k: int = option(20, "server: most likely tokens asked for at each position; more than 20 need vllm serve --max-logprobs", at_least=1)
+    num_requests: int = option(8, "server: requests at a time, of each process", at_least=1, at_most=1024)
+    timeout: float = option(120.0, "server: seconds to wait for an answer", above=0)
 
 
 @dataclass

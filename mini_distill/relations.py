@@ -45,7 +45,12 @@ def check_relations(config: Config) -> list[Problem]:
 
 def check_cache_command(command: CacheCommand) -> list[Problem]:
     """The same for `python -m mini_distill.cache`."""
-    return [*_check_model("teacher", command.teacher), *check_data(command.data, "data"), *_check_cache(command)]
+    return [
+        *_check_model("teacher", command.teacher),
+        *_check_server(command.teacher),
+        *check_data(command.data, "data"),
+        *_check_cache(command),
+    ]
 
 
 def _check_cache(command: CacheCommand) -> Iterator[Problem]:
@@ -53,7 +58,9 @@ def _check_cache(command: CacheCommand) -> Iterator[Problem]:
     if cache.dir is None:
         yield Problem("cache.dir", "missing", "Give the folder of the cache.")
     if command.teacher.kind in ("none", "cached") or command.teacher.cache_dir:
-        yield Problem("teacher", "nobody to ask", "Choose teacher=embedded or teacher=hf, without teacher.cache_dir.")
+        yield Problem("teacher", "nobody to ask", "Choose teacher=embedded, hf or server, without teacher.cache_dir.")
+    if command.teacher.kind == "server":
+        yield from _check_cache_of_server(command)
     belongs = {
         "sampling": ["sampled"],
         "proposal": ["sampled"],
@@ -68,14 +75,48 @@ def _check_cache(command: CacheCommand) -> Iterator[Problem]:
         yield Problem("cache.proposal", f"got {cache.proposal}, and cache.sampling is {cache.sampling}", "Set cache.sampling=draws.")
 
 
+def _check_cache_of_server(command: CacheCommand) -> Iterator[Problem]:
+    cache, top_k = command.cache, command.teacher.top_k
+    if cache.kind != "topk":
+        what = f"got {cache.kind}, and a server gives the most likely tokens only"
+        yield Problem("cache.kind", what, f"Set cache.kind=topk cache.k={top_k}.")
+    elif cache.k > top_k:
+        what = f"got {cache.k}, and teacher.top_k is {top_k}"
+        yield Problem("cache.k", what, f"Set cache.k={top_k}, or teacher.top_k={cache.k} (vllm serve --max-logprobs {cache.k}).")
+    if cache.temperature != 1:
+        yield Problem("cache.temperature", f"got {cache.temperature}, and a server gives temperature 1 only", "Leave it out.")
+
+
+def _check_server(teacher: TeacherConfig) -> Iterator[Problem]:
+    """Settings of a teacher on a server, and of no other."""
+    defaults = TeacherConfig()
+    if teacher.kind != "server":
+        for name in ("url", "model", "top_k", "num_requests", "timeout"):
+            if getattr(teacher, name) != getattr(defaults, name):
+                yield Problem(f"teacher.{name}", f"given, and teacher.kind is {teacher.kind}", "Choose teacher=server.")
+        return
+    if teacher.url is None:
+        yield Problem("teacher.url", "missing, and teacher.kind is server", "Give its address, such as http://host:8000.")
+    elif not re.match(r"https?://[^/]", teacher.url):
+        yield Problem("teacher.url", "is no address, expected http://… or https://…")  # not shown: it can hold a password
+    for name in ("dtype", "device", "attn_implementation"):
+        if getattr(teacher, name) != getattr(defaults, name):
+            yield Problem(f"teacher.{name}", "given, and the model runs on a server", "Leave it out, and set it there.")
+    if teacher.cache_dir is not None:
+        yield Problem("teacher.cache_dir", "given, and teacher.kind is server", "Choose teacher=cached: the cache needs no server.")
+
+
 def _check_models(teacher: TeacherConfig, student: StudentConfig) -> Iterator[Problem]:
     yield from _check_model("teacher", teacher)
+    yield from _check_server(teacher)
     yield from _check_model("student", student)
     if teacher.kind == "none" and student.kind == "from_teacher":
         yield Problem("student.kind", "from_teacher, and there is no teacher", "Choose a teacher, or student=mini_2m.")
     if teacher.kind == "cached" and student.kind == "from_teacher":
         remedy = "Choose student=mini_2m, or name the teacher itself besides teacher.cache_dir."
         yield Problem("student.kind", "from_teacher, and a cache has no layers", remedy)
+    if teacher.kind == "server" and student.kind == "from_teacher":
+        yield Problem("student.kind", "from_teacher, and a server gives no layers", "Choose student=mini_2m, or student=hf student.path=….")
     if teacher.kind == "cached" and teacher.cache_dir is None:
         yield Problem(
             "teacher.cache_dir", "missing, and teacher.kind is cached", "Give the folder that python -m mini_distill.cache wrote."
@@ -93,7 +134,9 @@ def _check_models(teacher: TeacherConfig, student: StudentConfig) -> Iterator[Pr
 def _check_model(where: str, part: TeacherConfig | StudentConfig) -> Iterator[Problem]:
     if part.kind == "hf" and part.path is None:
         yield Problem(f"{where}.path", f"missing, and {where}.kind is hf", "Give a folder or a hub id.")
-    elif part.path is not None and part.kind == "hf":
+    elif part.kind == "server" and part.path is None:
+        yield Problem(f"{where}.path", "missing, and the tokenizer is taken from there", "Give the folder or hub id of the served model.")
+    elif part.path is not None and part.kind in ("hf", "server"):
         yield from check_local_path(f"{where}.path", part.path)
     elif part.path is not None:
         yield Problem(f"{where}.path", f"given, and {where}.kind is {part.kind}", f"Choose {where}=hf.")
@@ -248,10 +291,32 @@ def _check_objective(config: Config) -> Iterator[Problem]:
     first = objective.divergence.rpartition(".")[2]
     if taken := set(terms) & {"ce", "loss", first}:
         yield Problem(f"objective.terms.{min(taken)}", "has the name of another term", "Choose a name of its own, and set its kind.")
-    if config.teacher.cache_dir is not None:
+    if config.teacher.kind == "server":
+        yield from _check_served(config)
+    elif config.teacher.cache_dir is not None:
         yield from _check_cached(config)
     for name, points in objective.schedules.items():
         yield from _check_schedule(name, points, [first, "ce", *terms])
+
+
+def _compared(config: Config) -> dict[str, tuple[str, float, float]]:
+    """Where each term of the objective stands -> what it compares, its temperature, its weight."""
+    objective, terms = config.objective, objective_terms(config.objective)
+    compared = {"objective": (objective.divergence, objective.temperature, objective.kl_weight)}
+    return compared | {f"objective.terms.{name}": (str(term.kind), term.temperature or 1.0, term.weight) for name, term in terms.items()}
+
+
+def _check_served(config: Config) -> Iterator[Problem]:
+    """What a server cannot give."""
+    for where, (name, at, weight) in _compared(config).items():
+        if weight == 0:
+            continue
+        if name in matching_parameters():
+            what = f"{name} looks into the teacher, and a server gives its most likely tokens only"
+            yield Problem(f"{where}.kind", what, "Load the teacher here: teacher=hf.")
+        elif at != 1:
+            what = f"got {at}, and a server gives temperature 1 only"
+            yield Problem(f"{where}.temperature", what, f"Set {where}.temperature=1, or load the teacher here: teacher=hf.")
 
 
 def _check_cached(config: Config) -> Iterator[Problem]:
@@ -262,10 +327,7 @@ def _check_cached(config: Config) -> Iterator[Problem]:
         kind, temperature = cache["kind"], cache["temperature"]
     except (OSError, ValueError, KeyError, TypeError):
         return  # said, with what to do, where the cache is opened
-    objective, terms = config.objective, objective_terms(config.objective)
-    compared = {"objective": (objective.divergence, objective.temperature, objective.kl_weight)}
-    compared |= {f"objective.terms.{name}": (str(term.kind), term.temperature or 1.0, term.weight) for name, term in terms.items()}
-    for where, (name, at, weight) in compared.items():
+    for where, (name, at, weight) in _compared(config).items():
         setting = f"{where}.divergence" if where == "objective" else f"{where}.kind"
         if weight == 0:
             continue
