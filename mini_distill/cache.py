@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from .config import CacheCommand
 from .data.order import Stream
@@ -38,8 +39,9 @@ from .distillation import check_vocabulary, naming_the_process, start_processes
 from .errors import CacheError, Preempted
 from .folder_lock import FolderLock
 from .losses.divergences import forward_kl
+from .losses.linear import TeacherRows
 from .losses.reduction import loss_mask
-from .losses.sparse import SampledRows, TopKRows
+from .losses.sparse import SMALLEST_TAIL, SampledRows, TopKRows
 from .models.head import embedding_rows
 from .models.identity import weights_fingerprint
 from .models.packed_documents import check_documents_kept_apart
@@ -49,6 +51,7 @@ from .teachers.cache_identity import identity, read_description, write_descripti
 from .teachers.cached import CachedTeacher, open_side
 from .teachers.load import load_teacher, load_teacher_tokenizer, teacher_path
 from .teachers.online import OnlineTeacher
+from .teachers.server import ServerTeacher, open_server
 from .training.signals import StopRequest
 
 
@@ -152,32 +155,15 @@ def _folder(config: CacheCommand) -> Path:
 def _prepare(config: CacheCommand, accelerator: Accelerator, stop: StopRequest) -> tuple[CacheBuilder, dict[str, Any], dict[str, Any]]:
     """Who scores what, the identity of the result, and what is worth knowing of the teacher."""
     tokenizer = load_teacher_tokenizer(config.teacher)
-    model = load_teacher(config.teacher, accelerator.device)
-    assert model is not None
-    check_vocabulary(model, tokenizer, "teacher")
-    if config.data.packing:
-        check_documents_kept_apart(model, "teacher.path")
+    teacher, who, facts = _open_teacher(config, accelerator, tokenizer)
     with accelerator.main_process_first():
         data = prepare_data(config.data, tokenizer, show_progress=accelerator.is_main_process)
     streams: dict[str, Stream] = {"train": data.train} | ({"held_out": data.held_out} if data.held_out is not None else {})
-    text = model.config.get_text_config()
-    wanted = identity(
-        config.cache,
-        data=data.fingerprint_parts,
-        tokenizer=tokenizer_fingerprint(tokenizer),
-        weights=weights_fingerprint(model),
-        dtype=str(model.dtype).removeprefix("torch."),
-    )
-    facts = {
-        "name": teacher_path(config.teacher) if config.teacher.kind == "hf" else "the embedded teacher",
-        "parameters": model.num_parameters(),
-        "embedding_rows": embedding_rows(model),
-        "positions": getattr(text, "max_position_embeddings", 0),
-    }
+    wanted = identity(config.cache, data=data.fingerprint_parts, tokenizer=tokenizer_fingerprint(tokenizer), **who)
     builder = CacheBuilder(
         _folder(config),
         config.cache,
-        OnlineTeacher(model),
+        teacher,
         streams,
         vocabulary_size(tokenizer),
         partial(_check_stop, stop, _folder(config)),
@@ -186,6 +172,28 @@ def _prepare(config: CacheCommand, accelerator: Accelerator, stop: StopRequest) 
         accelerator.num_processes,
     )
     return builder, wanted, facts
+
+
+def _open_teacher(
+    config: CacheCommand, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase
+) -> tuple[OnlineTeacher | ServerTeacher, dict[str, str], dict[str, Any]]:
+    """The teacher, its part of the identity, and what is worth knowing of it."""
+    if (server := open_server(config.teacher, tokenizer)) is not None:
+        server.check_length(config.data.seq_len)
+        facts: dict[str, Any] = {"name": server.model, "parameters": None, "embedding_rows": None, "positions": server.positions}
+        return server, server.identity, facts
+    model = load_teacher(config.teacher, accelerator.device)
+    assert model is not None
+    check_vocabulary(model, tokenizer, "teacher")
+    if config.data.packing:
+        check_documents_kept_apart(model, "teacher.path")
+    facts = {
+        "name": teacher_path(config.teacher) if config.teacher.kind == "hf" else "the embedded teacher",
+        "parameters": model.num_parameters(),
+        "embedding_rows": embedding_rows(model),
+        "positions": getattr(model.config.get_text_config(), "max_position_embeddings", 0),
+    }
+    return OnlineTeacher(model), {"weights": weights_fingerprint(model), "dtype": str(model.dtype).removeprefix("torch.")}, facts
 
 
 def _check_stop(stop: StopRequest, folder: Path) -> None:
@@ -240,12 +248,20 @@ def _differences(builder: CacheBuilder, cached: CachedTeacher, stream: Stream, n
     """How far the live teacher is from what was written of one sequence, per token, in nats."""
     batch = stream.batch([number]).to(builder.teacher.device)
     with torch.no_grad(), builder.autocast():
-        live = builder.teacher(batch)
+        live: TeacherRows = builder.teacher(batch)
         tokens = int(loss_mask(batch.labels).sum())
         logits, temperature = live.rows(slice(0, tokens), builder.vocab_size), builder.config.temperature
         rows = cached(batch).rows(slice(0, tokens), builder.vocab_size)
+        if isinstance(logits, TopKRows):  # of a server, of which the cache lists no more
+            logits = _spread(logits, builder.vocab_size)
         if isinstance(rows, TopKRows):
             rows = replace(rows, spread=False)  # a spread tail is far from the teacher's, and meant to be
         if isinstance(rows, SampledRows | TopKRows):
             return rows.compare("forward_kl", forward_kl, (logits / temperature).log_softmax(-1), {}).cpu()
         return forward_kl(logits, rows, temperature).cpu()
+
+
+def _spread(rows: TopKRows, vocab_size: int) -> Tensor:
+    """Log-probabilities of the whole vocabulary, those that are not listed alike."""
+    rest = (rows.tail.clamp(min=SMALLEST_TAIL) / max(1, vocab_size - rows.ids.shape[1])).log()[:, None]
+    return rest.repeat(1, vocab_size).scatter(-1, rows.ids, rows.log_probs)

@@ -22,13 +22,16 @@ from ..data.batch import Batch
 from ..data.order import Stream
 from ..errors import CacheError, StorageError
 from ..losses.reduction import loss_mask, supervised_targets
+from ..losses.sparse import SparseRows, TopKRows
 from ..storage import atomic_folder, check_writable, remove_stale_temporaries, size_text, verify_folder
 from .cache_files import CHECKSUMS, MARK, SEQUENCE_STARTS, Columns, Side, join, write_columns
 from .cache_identity import DESCRIPTION, check_same, read_description, write_description
-from .cache_kinds import entry_starts
+from .cache_kinds import TopK, entry_starts
 from .cached import checksums, kind_of_side, save_head
 from .online import OnlineTeacher
 from .sampling import entropy
+from .server import ServerTeacher
+from .targets import DenseTargets
 
 CHUNK_LOGITS = 2**24
 """Logits that exist at once. A constant, since the draws of a sequence follow its chunks."""
@@ -55,7 +58,7 @@ class CacheBuilder:
 
     folder: Path
     config: CacheConfig
-    teacher: OnlineTeacher
+    teacher: OnlineTeacher | ServerTeacher
     streams: dict[str, Stream]
     vocab_size: int
     check_stop: Callable[[], None]
@@ -95,6 +98,7 @@ class CacheBuilder:
             with atomic_folder(self.folder / "tokenizer") as temporary:
                 tokenizer.save_pretrained(temporary)
         if self.config.kind == "hidden" and verify_folder(self.folder / "head"):
+            assert isinstance(self.teacher, OnlineTeacher)  # a server gives no hidden states: refused with the settings
             with atomic_folder(self.folder / "head") as temporary:
                 save_head(temporary, self.teacher.language_model.head)
         if not (self.folder / DESCRIPTION).exists():
@@ -104,7 +108,7 @@ class CacheBuilder:
         """So that a shard is neither a crumb nor a loss when it has to be made again."""
         if self.config.shard_sequences is not None:
             return self.config.shard_sequences
-        width = self.teacher.model.config.get_text_config().hidden_size
+        width = self.teacher.model.config.get_text_config().hidden_size if isinstance(self.teacher, OnlineTeacher) else 0
         of_token = {"sampled": self.config.k, "topk": 3 * self.config.k, "full": 2 * self.vocab_size, "hidden": 4 * width}[self.config.kind]
         tokens = max(1, stream.num_supervised // max(1, len(stream)))
         return int(np.clip(SHARD_BYTES // (of_token * tokens), 16, 4096))
@@ -209,6 +213,8 @@ class CacheBuilder:
         batch, kind, held_out = batch.to(self.teacher.device), self.kinds[side], side == "held_out"
         with self.autocast():
             targets = self.teacher(batch)
+            if not isinstance(targets, DenseTargets):
+                return self._score_listed(batch, targets.rows(slice(None)), side)
             counts = loss_mask(batch.labels).sum(-1).tolist()
             next_tokens = supervised_targets(batch.labels)
             found, masses, at = {}, [], 0
@@ -227,6 +233,22 @@ class CacheBuilder:
                 at += count
                 found[number] = join(parts) if parts else self._nothing(targets.hidden, side)
         return found, masses
+
+    def _score_listed(self, batch: Batch, rows: SparseRows, side: str) -> tuple[dict[int, Columns], list[Tensor]]:
+        """The same where the teacher itself gives the most likely tokens only, which is a server."""
+        kind = self.kinds[side]
+        assert isinstance(self.teacher, ServerTeacher) and isinstance(rows, TopKRows) and isinstance(kind, TopK)
+        columns = kind.encode_rows(rows) | {"_tokens": np.zeros(len(rows), dtype=np.uint8)}
+        if side == "held_out":
+            outcomes = torch.cat([rows.log_probs.exp(), rows.tail[:, None]], -1)
+            about = self.teacher.about_teacher(batch) | {
+                "exact_entropy": entropy(outcomes).float()
+            }  # a lower bound; topk has no use for it
+            columns |= {name: (values.int() if name == "top_id" else values).cpu().numpy() for name, values in about.items()}
+        ends = np.cumsum(loss_mask(batch.labels).sum(-1).tolist())
+        parts = {name: np.split(column, ends[:-1]) for name, column in columns.items()}
+        found = {number: {name: part[i] for name, part in parts.items()} for i, number in enumerate(batch.row_ids.tolist())}
+        return found, [rows.log_probs[:, : kind.config.k].exp().sum(-1).cpu()]
 
     def _nothing(self, hidden: Tensor, side: str) -> Columns:
         """The columns of a sequence in which nothing is supervised."""

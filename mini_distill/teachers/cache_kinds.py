@@ -187,10 +187,15 @@ class TopK(Kind):
             raise ConfigError("cache.k", f"got {config.k}, expected at most the {vocab_size} tokens of the vocabulary")
 
     def encode(self, logits: Tensor, hidden: Tensor, generator: torch.Generator) -> Columns:
-        """Token numbers, levels, the two ends of the levels and the mass of the tail."""
+        """See `encode_rows`."""
         log_probs = torch.log_softmax(logits / self.config.temperature, -1)
         top, ids = log_probs.topk(self.config.k, -1)
-        tail = log_probs.exp().scatter(-1, ids, 0.0).sum(-1)
+        return self.encode_rows(TopKRows(ids, top, log_probs.exp().scatter(-1, ids, 0.0).sum(-1), spread=False))
+
+    def encode_rows(self, rows: TopKRows) -> Columns:
+        """Token numbers, levels, the two ends of the levels and the mass of the tail, of at least k tokens in descending order."""
+        top, ids = rows.log_probs[:, : self.config.k], rows.ids[:, : self.config.k]
+        tail = rows.tail + rows.log_probs[:, self.config.k :].exp().sum(-1)
         ends = top[:, [0, -1]].half()
         first, last = ends.float().unbind(-1)
         levels = ((first[:, None] - top) / (first - last).clamp(min=1e-6)[:, None] * 255).round().clamp(0, 255)

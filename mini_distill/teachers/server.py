@@ -44,8 +44,8 @@ FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
 """Seconds between tries, doubling; about two minutes in all, so that a server can be restarted."""
 
 LONGEST_RETRY_AFTER = 300.0
-IMPOSSIBLE = -9999.0
-"""What vLLM writes for -inf, which JSON does not have."""
+IMPOSSIBLE, LEAST = -9999.0, -50.0
+"""vLLM writes -9999 for -inf. In a row, beside other tokens, what is below -50 is taken for -50: it would swamp the rest."""
 
 MASS_ROUNDING = 0.01
 PROBE = "The quick brown fox jumps over 13 lazy dogs, doesn't it? — Sì!\n"
@@ -210,15 +210,15 @@ class ServerTeacher:
         if len(listed) != len(document.ids):
             raise self._wrong(f"gives {len(listed)} positions for {len(document.ids)} tokens")
         rows = [self._row(listed[i], document.ids[i]) for i in document.targets]
-        log_probs = torch.tensor([row[1] for row in rows], dtype=torch.float64)
+        log_probs = torch.tensor([row[1] for row in rows], dtype=torch.float64).clamp(min=LEAST)
         mass = log_probs.exp().sum(-1)
         if mass.max() > 1 + MASS_ROUNDING:
             raise self._wrong(f"gives log-probabilities that add up to {mass.max().item():.4g}, expected at most 1")
         return Answers(
             torch.tensor([row[0] for row in rows]),
-            log_probs.float(),
+            log_probs.clamp(max=0).float(),  # above by rounding
             (1 - mass).clamp(min=0).float(),
-            torch.tensor([row[2] for row in rows]),
+            torch.tensor([row[2] for row in rows]).clamp(min=IMPOSSIBLE, max=0),
         )
 
     def _row(self, entries: Any, target: int) -> tuple[list[int], list[float], float]:
@@ -239,7 +239,7 @@ class ServerTeacher:
         if target not in listed:
             raise self._wrong(f"does not list the token that was sent ({target}): it read another text")
         likely = sorted(listed.items(), key=lambda entry: (-entry[1], entry[0]))[: self.k]
-        return [token for token, _ in likely], [max(value, IMPOSSIBLE) for _, value in likely], max(listed[target], IMPOSSIBLE)
+        return [token for token, _ in likely], [value for _, value in likely], listed[target]
 
     def _wrong(self, what: str) -> ModelError:
         return ModelError("teacher.url", f"{self.connection.url} {what}", "Update the server, or serve the model with another.")
