@@ -33,6 +33,7 @@ from .teachers.cache_identity import digest
 from .teachers.cached import CachedTeacher
 from .teachers.load import load_teacher, load_teacher_tokenizer
 from .teachers.online import OnlineTeacher
+from .teachers.server import ServerTeacher, open_server
 from .teachers.targets import Teacher
 from .training.checkpoint import Checkpoints, load_optimizer, optimizer_to_tensors
 from .training.fingerprints import compare_fingerprints
@@ -215,14 +216,14 @@ def prepare(config: Config, run: RunFolder, tracker: Tracker) -> Distillation:
     with accelerator.main_process_first():
         data = prepare_data(config.data, tokenizer, show_progress=accelerator.is_main_process)
 
-    teacher, held_out_cache = open_teacher(config, teacher_model, data, tokenizer)
+    teacher, held_out_teacher = open_teacher(config, teacher_model, data, tokenizer)
     student_model = build_student(
         config.student,
         teacher=teacher_model,
         tokenizer=tokenizer,
         seq_len=config.data.seq_len,
         seed=config.seed,
-        sizes=TeacherSizes(teacher.facts["embedding_rows"], teacher.facts["positions"]) if isinstance(teacher, CachedTeacher) else None,
+        sizes=sizes_from_cache(teacher),
     )
     for where, model in (("teacher", teacher_model), ("student", student_model)):
         check_vocabulary(model, tokenizer, where)
@@ -257,7 +258,7 @@ def prepare(config: Config, run: RunFolder, tracker: Tracker) -> Distillation:
         ),
         objective=objective,
         optimizer=build_optimizer(language_model, trainer),
-        evaluator=build_evaluator(config, accelerator, data, teacher_model, held_out_cache, tokenizer, run.path),
+        evaluator=build_evaluator(config, accelerator, data, teacher_model, held_out_teacher, tokenizer, run.path),
         checkpoints=checkpoints,
         tracker=tracker,
         fingerprints={
@@ -266,6 +267,7 @@ def prepare(config: Config, run: RunFolder, tracker: Tracker) -> Distillation:
             "data": data.fingerprint_parts,
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "teacher": weights_fingerprint(teacher_model) if teacher_model is not None else None,
+            **({"teacher": teacher.identity} if isinstance(teacher, ServerTeacher) else {}),
             "cache": digest(teacher.description["identity"]) if isinstance(teacher, CachedTeacher) else None,
         },
     )
@@ -296,12 +298,16 @@ def start_processes(precision: str, num_threads: int | None) -> Accelerator:
 
 def open_teacher(
     config: Config, model: PreTrainedModel | None, data: PreparedData, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Teacher | None, CachedTeacher | None]:
-    """Where the training's targets come from, and those of the held-out text where no live teacher gives them.
+) -> tuple[Teacher | None, CachedTeacher | ServerTeacher | None]:
+    """Where the training's targets come from, and those of the held-out text where no teacher in this process gives them.
 
     Raises:
         CacheError: the cache is damaged, incomplete, or of something else.
+        ModelError: a server does not answer, or not as it has to.
     """
+    if (server := open_server(config.teacher, tokenizer)) is not None:
+        server.check_length(config.data.seq_len)
+        return server, server
     if config.teacher.cache_dir is None:
         return (OnlineTeacher(model) if model is not None else None), None
     wanted: dict[str, Any] = {"data": data.fingerprint_parts, "tokenizer": tokenizer_fingerprint(tokenizer)}
@@ -310,6 +316,13 @@ def open_teacher(
     folder = Path(config.teacher.cache_dir).expanduser()
     held_out = CachedTeacher(folder, wanted, "held_out") if model is None and data.held_out is not None else None
     return CachedTeacher(folder, wanted), held_out
+
+
+def sizes_from_cache(teacher: Teacher | None) -> TeacherSizes | None:
+    """What a cache tells of the sizes of its teacher; a server told it none."""
+    if not isinstance(teacher, CachedTeacher) or teacher.facts["embedding_rows"] is None:
+        return None
+    return TeacherSizes(teacher.facts["embedding_rows"], teacher.facts["positions"])
 
 
 def load_shared_tokenizer(config: Config) -> PreTrainedTokenizerBase:
@@ -354,7 +367,7 @@ def build_evaluator(
     accelerator: Accelerator,
     data: PreparedData,
     teacher: PreTrainedModel | None,
-    cached: CachedTeacher | None,
+    cached: CachedTeacher | ServerTeacher | None,
     tokenizer: PreTrainedTokenizerBase,
     output_dir: Path,
 ) -> Evaluator | None:

@@ -119,7 +119,7 @@ def _facts(d: Distillation, exported_step: int) -> dict[str, Any]:
         "train/exported_step": exported_step,
         "train/tokens_seen": d.tokens_seen,
         **{f"model/{name}_parameters": num_parameters(model) for name, model in models.items()},
-        **({"model/teacher_parameters": d.teacher.facts["parameters"]} if isinstance(d.teacher, CachedTeacher) else {}),
+        **({"model/teacher_parameters": size} if isinstance(d.teacher, CachedTeacher) and (size := d.teacher.facts["parameters"]) else {}),
         **{f"data/{key}": value for key, value in d.data.report.items() if isinstance(value, int | float)},
     }
     if d.data.held_out is not None:

@@ -17,9 +17,11 @@ from ..config import EvaluationConfig
 from ..data.batch import Batch
 from ..data.tokenizers import vocabulary_size
 from ..errors import DataError
+from ..losses.linear import TeacherRows
 from ..losses.reduction import loss_mask, supervised_targets
 from ..models.head import LanguageModel
 from ..teachers.cached import CachedTeacher
+from ..teachers.server import ServerTeacher
 from .hooks import EvaluationContext, load_hooks, run_hooks
 from .isolation import without_side_effects
 from .language_model import Sums, add, measure, measure_cached, metrics, nothing, nothing_cached, over_all_processes
@@ -38,7 +40,7 @@ class Evaluator:
         held_out: The held-out sequences, for the prompts of the samples.
         batches: Makes a fresh iterator over this process's evaluation batches.
         teacher: The teacher, or None.
-        cached: Its targets of the held-out sequences, where there is a cache instead of a teacher.
+        cached: Its targets of the held-out sequences, where there is a cache or a server instead of a teacher.
         tokenizer: The tokenizer of both models. Its length is the number of real tokens: columns beyond it pad an embedding
             and get no probability.
         device: Where the student is.
@@ -65,7 +67,7 @@ class Evaluator:
         gather_sum: Callable[[Tensor], Tensor],
         show_progress: bool,
         output_dir: Path | None = None,
-        cached: CachedTeacher | None = None,
+        cached: CachedTeacher | ServerTeacher | None = None,
     ) -> None:
         self.config, self.held_out, self.batches = config, held_out, batches
         self.teacher, self.tokenizer, self.device = teacher, tokenizer, torch.device(device)
@@ -121,7 +123,7 @@ class Evaluator:
         targets = supervised_targets(batch.labels).split(size)
         student_hidden = student.hidden(batch).split(size)
         teacher_hidden = () if teacher is None else teacher.hidden(batch.to(_device(teacher))).split(size)
-        cached = None if self.cached is None else self.cached(batch)
+        cached: TeacherRows | None = None if self.cached is None else self.cached(batch)
         about_teacher = None if self.cached is None else self.cached.about_teacher(batch)
         for i, hidden in enumerate(student_hidden):
             student_logits = student.head.logits(hidden)[:, :vocab]

@@ -55,7 +55,7 @@ def measure(student_logits: Tensor, teacher_logits: Tensor | None, targets: Tens
 
 
 def measure_cached(student_logits: Tensor, rows: SparseRows, about_teacher: dict[str, Tensor], targets: Tensor, num_bytes: Tensor) -> Sums:
-    """The same against a teacher of whom a cache keeps a few entries of each token, and the rest in numbers.
+    """The same against a teacher of whom a cache keeps, or a server gives, a few entries of each token, and the rest in numbers.
 
     The forward KL is there for sampled rows, whose estimate of it is unbiased, and the reverse KL never.
 

@@ -114,7 +114,7 @@ def _eval_results(facts: CardFacts) -> Iterator[EvalResult]:
 
 
 def _licence_of(config: Config) -> str | None:
-    if config.teacher.kind == "hf" or config.student.kind == "hf":
+    if config.teacher.kind in ("hf", "server") or config.student.kind == "hf":
         return "other"
     return "apache-2.0" if config.teacher.kind == "embedded" else None
 
@@ -150,6 +150,8 @@ def _teacher_name(teacher: TeacherConfig) -> str:
         return "none"
     if teacher.kind == "embedded":
         return "the small model embedded in mini_distill"
+    if teacher.kind == "server" and teacher.model is not None:
+        return f"{escape(teacher.model)}, on a server"
     revision = f", revision {escape(teacher.revision)}" if teacher.revision else ""
     return escape(teacher.path or "") + revision
 

@@ -12,8 +12,8 @@ from ..models.loading import embedded_path, load_causal_lm, load_tokenizer
 
 
 def load_teacher(teacher: TeacherConfig, device: torch.device) -> PreTrainedModel | None:
-    """The teacher on its device, in its dtype; None for `teacher=none` and `teacher=cached`."""
-    if teacher.kind in ("none", "cached"):
+    """The teacher on its device, in its dtype; None for `teacher=none`, `teacher=cached` and `teacher=server`."""
+    if teacher.kind in ("none", "cached", "server"):
         return None
     dtype = teacher.dtype if teacher.dtype != "auto" else ("float32" if device.type == "cpu" else "bfloat16")
     model = load_causal_lm(

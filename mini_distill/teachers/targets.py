@@ -14,7 +14,7 @@ from ..models.head import OutputHead
 
 
 class Teacher(Protocol):
-    """Where the signal comes from: `OnlineTeacher`, `CachedTeacher`."""
+    """Where the signal comes from: `OnlineTeacher`, `CachedTeacher`, `ServerTeacher`."""
 
     def __call__(self, batch: Batch) -> TeacherRows:
         """The targets at the supervised positions of `batch`, in row-major order."""

@@ -16,6 +16,9 @@ HARMLESS = (
     "debug",  # tracebacks
     "tracking",  # a copy of the metrics
     "teacher.gated",  # the wording of an error
+    "teacher.url",  # where it is served; what it is is compared as `teacher`
+    "teacher.num_requests",
+    "teacher.timeout",
     "trainer.save_every",  # saving draws no random numbers and changes no tensor
     "trainer.keep_checkpoints",  # which of them stay
     "trainer.log_every",  # which steps get a row; the steps are the same
