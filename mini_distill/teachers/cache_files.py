@@ -43,7 +43,7 @@ def shard_folder(cache: Path, side: str, number: int) -> Path:
 
 
 def write_columns(folder: Path, columns: Columns) -> None:
-    """One file a column, as `np.save` writes it; on a full disk that raises an error without a number."""
+    """One file a column, as `np.save` writes it, which on a full disk cuts small files without a word (its flush is not checked)."""
     for name, values in columns.items():
         with open(folder / f"{name}.npy", "xb") as file:
             rows = np.ascontiguousarray(values)

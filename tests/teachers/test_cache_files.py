@@ -161,7 +161,7 @@ def test_files_are_those_of_numpy(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
-    """numpy's own save raises `4000 requested and 2848 written`, an OSError without a number, of which no line can be made."""
+    """numpy's own save cut files below its buffer's size without a word; above, its error `… requested and … written` had no number."""
     side = Side(tmp_path, "train", 100, 100, "identity")
 
     def full() -> None:

@@ -1,0 +1,836 @@
+"""The cache of teacher targets as users meet it: built, killed, damaged, looked at, and trained from."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from caches import KINDS, build, cache_command, cache_config, cache_module, change_column, content
+from faults import count_operations, in_child
+from runs import before_step, copy_of, fork, forks, in_processes, rows, run, send, wait
+
+from mini_distill.cli import load_config, report
+from mini_distill.config import CacheCommand
+from mini_distill.digest import digest_run
+from mini_distill.errors import CacheError, ConfigError, MiniDistillError, Preempted, StorageError
+from mini_distill.models.head import LanguageModel
+from mini_distill.teachers.cache_build import CacheBuilder
+from mini_distill.teachers.cache_identity import read_description, write_description
+
+SCRATCH = [
+    *("student=mini_2m", "student.hidden_size=32", "student.intermediate_size=64"),
+    *("student.num_layers=1", "student.num_heads=2", "student.num_kv_heads=1"),
+]
+SMALL = ["cache.kind=topk", "cache.k=8", "cache.shard_sequences=20", "cache.batch_size=8"]
+"""A cache of a few shards."""
+
+
+def without(command: list[str], *groups: str) -> list[str]:
+    return [text for text in command if not text.startswith(groups)]
+
+
+def live(command: list[str]) -> list[str]:
+    """A student from scratch beside the live teacher."""
+    return [*without(command, "student"), *SCRATCH]
+
+
+def from_cache(command: list[str], folder: Path) -> list[str]:
+    """The same without the teacher."""
+    return [*without(command, "student", "teacher"), "teacher=cached", f"teacher.cache_dir={folder}", *SCRATCH]
+
+
+@pytest.fixture(scope="module")
+def caches(tiny_command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The cache of a kind, built once; not to be changed."""
+    root = tmp_path_factory.mktemp("caches")
+
+    def folder(kind: str) -> Path:
+        if not (root / kind).exists():
+            more = SMALL if kind == "small" else [*KINDS[kind], "cache.batch_size=7", "cache.shard_sequences=9"]
+            build(tiny_command, root / kind, *more)
+        return root / kind
+
+    return folder
+
+
+@pytest.fixture
+def small(caches: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A cache of a few shards, to be changed."""
+    return copy_of(caches("small"), tmp_path / "small")
+
+
+def refused(body: Callable[[], object], kind: type[MiniDistillError] = CacheError) -> str:
+    """The lines of an error, none of which may be split."""
+    with pytest.raises(kind) as caught:
+        body()
+    lines = [str(problem) for problem in caught.value.problems]
+    assert all("\n" not in line for line in lines)
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------ the same as the live teacher
+
+
+@pytest.fixture(scope="module")
+def online(tiny_command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three epochs beside the live teacher, four sequences a step."""
+    folder = tmp_path_factory.mktemp("online") / "run"
+    run(live(tiny_command), folder, "trainer.max_steps=39")
+    return folder
+
+
+def losses(folder: Path, *names: str) -> dict[str, list[float]]:
+    return {name: [row[name] for row in rows(folder) if name in row] for name in names}
+
+
+TRAINED = ("train/loss", "train/forward_kl", "train/ce", "train/tokens", "eval/student_nll", "eval/forward_kl", "eval/teacher_nll")
+BATCHES = {
+    "as online": ["trainer.micro_batch_size=4"],
+    "accumulated": ["trainer.micro_batch_size=1", "trainer.grad_accum_steps=4"],
+    "workers": ["trainer.micro_batch_size=2", "trainer.grad_accum_steps=2", "data.num_workers=1"],
+}
+
+
+@pytest.mark.parametrize("batches", [pytest.param(name, marks=pytest.mark.slow if name != "accumulated" else []) for name in BATCHES])
+def test_three_epochs_from_hidden_states_are_those_of_the_live_teacher(
+    batches: str, tiny_command: list[str], online: Path, caches: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Scored seven at a time; the teacher's float32 rounds differently there, by parts in a million."""
+    run(from_cache(tiny_command, caches("hidden")), tmp_path / "run", "trainer.max_steps=39", *BATCHES[batches])
+    sequences = read_description(caches("hidden"))["sides"]["train"]["sequences"]
+    assert 3 * sequences <= 39 * 4
+    found, wanted = losses(tmp_path / "run", *TRAINED), losses(online, *TRAINED)
+    for name in TRAINED:
+        assert found[name] == pytest.approx(wanted[name], rel=2e-5, abs=2e-5), name
+
+
+@forks
+def test_two_processes_train_from_a_cache_as_one_beside_the_teacher(
+    tiny_command: list[str], online: Path, caches: Callable[[str], Path], tmp_path: Path
+) -> None:
+    command = [*from_cache(tiny_command, caches("hidden")), "trainer.max_steps=39", "trainer.micro_batch_size=2"]
+    assert in_processes(2, lambda rank: run(command, tmp_path / "run")) == [0, 0]
+    found, wanted = losses(tmp_path / "run", *TRAINED), losses(online, *TRAINED)
+    for name in TRAINED:
+        assert found[name] == pytest.approx(wanted[name], rel=5e-5, abs=5e-5), name
+
+
+def test_full_is_the_live_teacher_to_the_rounding_of_bfloat16(
+    tiny_command: list[str], online: Path, caches: Callable[[str], Path], tmp_path: Path
+) -> None:
+    run(from_cache(tiny_command, caches("full")), tmp_path / "run", "trainer.max_steps=39")
+    found, wanted = losses(tmp_path / "run", *TRAINED), losses(online, *TRAINED)
+    for name in TRAINED:
+        assert found[name] == pytest.approx(wanted[name], rel=5e-3, abs=2e-3), name
+
+
+def test_a_cached_temperature_is_that_of_the_run(tiny_command: list[str], tmp_path: Path) -> None:
+    """Full targets written at 2 and trained at 2 are those of the live teacher at 2, not at 4."""
+    at_two = ["objective.temperature=2"]
+    run(live(tiny_command), tmp_path / "live", *at_two)
+    build(tiny_command, tmp_path / "full", "cache.kind=full", "cache.temperature=2")
+    run(from_cache(tiny_command, tmp_path / "full"), tmp_path / "cached", *at_two)
+    found, wanted = losses(tmp_path / "cached", *TRAINED), losses(tmp_path / "live", *TRAINED)
+    for name in TRAINED:
+        assert found[name] == pytest.approx(wanted[name], rel=5e-3, abs=2e-3), name
+
+
+def test_a_cache_serves_a_mixture_in_any_order(tiny_command: list[str], tiny_corpus: Path, tmp_path: Path) -> None:
+    part = f"source: jsonl, path: {tiny_corpus}, text_column: text, eval_fraction: 0.2"
+    mixture = f"data.mixture={{a: {{{part}, max_rows: 20}}, b: {{{part}, max_rows: 50, weight: 2}}}}"
+    command = [*without(tiny_command, "data"), "data=mixture", mixture, "data.seq_len=32"]
+    build(command, tmp_path / "cache", "cache.kind=hidden", "cache.shard_sequences=9")
+    run(live(command), tmp_path / "live", "trainer.max_steps=12")
+    run(from_cache(command, tmp_path / "cache"), tmp_path / "cached", "trainer.max_steps=12")
+    found, wanted = losses(tmp_path / "cached", *TRAINED), losses(tmp_path / "live", *TRAINED)
+    for name in TRAINED:
+        assert found[name] == pytest.approx(wanted[name], rel=2e-5, abs=2e-5), name
+
+
+def test_padded_rows_have_the_targets_of_each_document_alone(tiny_command: list[str], tmp_path: Path) -> None:
+    command = [*tiny_command, "data.packing=false"]
+    build(command, tmp_path / "padded", "cache.kind=full", "cache.batch_size=16")
+    build(command, tmp_path / "alone", "cache.kind=full", "cache.batch_size=1")
+    padded, alone = content(tmp_path / "padded"), content(tmp_path / "alone")
+    assert padded.keys() == alone.keys()
+    for name in padded:
+        one, other = (np.load(tmp_path / which / name) if name.endswith(".npy") else None for which in ("padded", "alone"))
+        if name.endswith("log_probs.npy"):
+            wide = [torch.from_numpy(values).view(torch.bfloat16).float() for values in (one, other)]
+            torch.testing.assert_close(*wide, rtol=2**-7, atol=1e-5)  # one step of bfloat16, where the last bit of float32 decides
+        elif one is not None and one.dtype == np.float32:
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+        elif one is not None:
+            assert np.array_equal(one, other), name
+
+
+EVALUATED = {"hidden": 2e-5, "full": 2e-3, "sampled": 0.15}
+"""How far the held-out KL may be from the live one; sampled: a few standard errors over some hundred tokens."""
+
+
+@pytest.mark.parametrize("kind", ["hidden", "full", "topk", "sampled"])
+def test_the_evaluation_from_a_cache_is_that_of_the_live_teacher(
+    kind: str, tiny_command: list[str], online: Path, caches: Callable[[str], Path], tmp_path: Path
+) -> None:
+    run(from_cache(tiny_command, caches(kind)), tmp_path / "run", "trainer.max_steps=1", "trainer.warmup_steps=0")
+    found, wanted = rows(tmp_path / "run")[0], rows(online)[0]  # before the first step
+    assert found["eval/top1_agreement"] == wanted["eval/top1_agreement"] and found["eval/tokens"] == wanted["eval/tokens"]
+    for name in ("student_nll", "student_ece", "teacher_nll", "teacher_ece", "teacher_perplexity", "teacher_bits_per_byte"):
+        loose = kind == "full" and name.startswith("teacher")
+        assert found[f"eval/{name}"] == pytest.approx(wanted[f"eval/{name}"], rel=3e-3 if loose else 1e-4), name
+    if kind in EVALUATED:
+        assert found["eval/forward_kl"] == pytest.approx(wanted["eval/forward_kl"], abs=EVALUATED[kind])
+    else:
+        assert "eval/forward_kl" not in found
+    assert ("eval/reverse_kl" in found) == (kind in ("hidden", "full"))
+
+
+def test_a_live_teacher_may_stand_beside_its_cache(
+    tiny_command: list[str], tiny_teacher: Path, caches: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """For a student made of the teacher's own layers, which a cache has not got."""
+    run(tiny_command, tmp_path / "live")
+    run([*tiny_command, f"teacher.cache_dir={caches('hidden')}"], tmp_path / "cached")
+    found, wanted = losses(tmp_path / "cached", *TRAINED), losses(tmp_path / "live", *TRAINED)
+    for name in TRAINED:
+        assert found[name] == pytest.approx(wanted[name], rel=2e-5, abs=2e-5), name
+
+
+# ------------------------------------------------------------------------------------------------------------- it is a cache of
+
+
+def saved_copy(teacher: Path, target: Path) -> Path:
+    return Path(shutil.copytree(teacher, target))
+
+
+def one_weight_changed(teacher: Path) -> None:
+    """By one unit in the last place."""
+    file = teacher / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    weight = tensors["model.layers.1.mlp.up_proj.weight"]
+    weight[3, 5] = torch.nextafter(weight[3, 5], torch.tensor(10.0))
+    safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+
+
+def two_tokens_swapped(teacher: Path) -> None:
+    """The vocabulary is as large as before."""
+    file = teacher / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["q"], vocab["z"] = vocab["z"], vocab["q"]
+    file.write_text(json.dumps(tokenizer))
+
+
+TEACHERS: dict[str, tuple[Callable[[Path], None] | None, list[str], str]] = {
+    "one weight": (one_weight_changed, [], "teacher.weights"),
+    "dtype": (None, ["teacher.dtype=bfloat16"], 'teacher.dtype: the cache has "float32", this run "bfloat16"'),
+    "permuted vocabulary": (two_tokens_swapped, [], "tokenizer: the cache has"),
+}
+SETTINGS = {
+    "kind": ("cache.kind=full", 'cache.kind: the cache has "topk", this run "full"'),
+    "k": ("cache.k=9", "cache.k: the cache has 8, this run 9"),
+    "temperature": ("cache.temperature=2", "cache.temperature: the cache has 1.0, this run 2.0"),
+    "tail": ("cache.tail=spread", 'cache.tail: the cache has "bucket", this run "spread"'),
+}
+DATA = {
+    "length": ("data.seq_len=24", "seq_len: the cache has 32, this run 24"),
+    "packing": ("data.packing=false", "packing: the cache has"),
+    "fewer rows": ("data.max_rows=50", "the cache has"),
+    "held-out share": ("data.eval_fraction=0.1", "the cache has 0.2, this run 0.1"),
+}
+
+
+@pytest.mark.parametrize("case", TEACHERS)
+def test_another_teacher_or_tokenizer_is_refused(
+    case: str, tiny_command: list[str], tiny_teacher: Path, caches: Callable[[str], Path], tmp_path: Path
+) -> None:
+    change, more, words = TEACHERS[case]
+    other = saved_copy(tiny_teacher, tmp_path / "teacher")
+    if change is not None:
+        change(other)
+    command = [*tiny_command, f"teacher.path={other}", *more]
+    before = content(caches("small"))
+    assert words in refused(lambda: build(command, caches("small"), *SMALL))
+    assert words in refused(lambda: run([*command, f"teacher.cache_dir={caches('small')}"], tmp_path / "run"))
+    assert words in refused(lambda: cache_module.verify(cache_config(command, caches("small"), *SMALL)))
+    assert content(caches("small")) == before and CacheError.exit_code == 5
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_other_settings_of_the_cache_are_refused(case: str, tiny_command: list[str], caches: Callable[[str], Path]) -> None:
+    override, words = SETTINGS[case]
+    more = [text for text in SMALL if "full" not in override or "cache.k=" not in text]
+    lines = refused(lambda: build(tiny_command, caches("small"), *more, override))
+    assert words in lines and "Choose another cache.dir" in lines
+
+
+def test_another_seed_is_refused_where_tokens_are_drawn(tiny_command: list[str], caches: Callable[[str], Path]) -> None:
+    lines = refused(lambda: build(tiny_command, caches("sampled"), *KINDS["sampled"], "cache.seed=1"))
+    assert lines.splitlines()[0].startswith(f"{caches('sampled')}: cache.seed: the cache has 0, this run 1.")
+    build(tiny_command, caches("small"), *SMALL, "cache.seed=1")  # nothing is drawn
+
+
+@pytest.mark.parametrize("case", DATA)
+def test_other_data_is_refused(case: str, tiny_command: list[str], caches: Callable[[str], Path], tmp_path: Path) -> None:
+    override, words = DATA[case]
+    assert words in refused(lambda: run([*from_cache(tiny_command, caches("small")), override], tmp_path / "run"))
+    assert words in refused(lambda: build([*tiny_command, override], caches("small"), *SMALL))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda lines: lines[::-1], lambda lines: [lines[0].replace("a", "e", 1), *lines[1:]]], ids=["order", "row"]
+)
+def test_other_rows_or_another_order_of_them_are_refused(
+    change: Callable[[list[str]], list[str]], tiny_command: list[str], tiny_corpus: Path, caches: Callable[[str], Path], tmp_path: Path
+) -> None:
+    other = tmp_path / tiny_corpus.name
+    lines = tiny_corpus.read_text().splitlines(keepends=True)
+    assert change(lines) != lines
+    other.write_text("".join(change(lines)))
+    command = [*tiny_command, f"data.path={other}"]
+    assert "data." in refused(lambda: run(from_cache(command, caches("small")), tmp_path / "run"))
+
+
+def test_another_chat_template_is_refused(tiny_command: list[str], tiny_teacher: Path, tmp_path: Path) -> None:
+    chats = tmp_path / "chats.jsonl"
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]
+    chats.write_text((json.dumps({"messages": turns}) + "\n") * 20)
+    template = "{% for m in messages %}{{ m['role'][0] }}: {{ m['content'] }}\n{% endfor %}"
+    command = [*without(tiny_command, "data"), "data=jsonl", f"data.path={chats}", "data.messages_column=messages"]
+    command += ["data.seq_len=32", "data.eval_fraction=0"]
+    for name, text in (("one", template), ("other", template.replace(": ", "- "))):
+        (saved_copy(tiny_teacher, tmp_path / name) / "chat_template.jinja").write_text(text)
+    build([*command, f"teacher.path={tmp_path / 'one'}"], tmp_path / "cache", *SMALL)
+    other = [*command, f"teacher.path={tmp_path / 'other'}"]
+    assert "the cache has" in refused(lambda: build(other, tmp_path / "cache", *SMALL))
+    assert "the cache has" in refused(lambda: run([*other, f"teacher.cache_dir={tmp_path / 'cache'}"], tmp_path / "run"))
+
+
+@pytest.mark.parametrize("number", [0, 2])
+def test_another_format_is_refused(number: int, tiny_command: list[str], small: Path, tmp_path: Path) -> None:
+    description = read_description(small)
+    description["identity"]["format"] = number
+    write_description(small, description)
+    for body in (
+        lambda: run(from_cache(tiny_command, small), tmp_path / "run"),
+        lambda: build(tiny_command, small, *SMALL),
+        lambda: cache_module.info(cache_config(tiny_command, small)),
+    ):
+        assert f"cache.json: format {number}, expected 1" in refused(body)
+
+
+IMPOSSIBLE = {
+    "reverse KL from samples": ("sampled", "objective=reverse_kl", "objective.divergence: reverse_kl from sampled targets is biased"),
+    "another temperature": (
+        "topk",
+        "objective.temperature=2",
+        "objective.temperature: got 2.0, and the cache was written at temperature 1.0",
+    ),
+    "a term": (
+        "sampled",
+        "objective.terms={second: {kind: jsd, weight: 0.5}}",
+        "objective.terms.second.kind: jsd from sampled targets is biased",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_impossible_pairs_are_refused_with_the_configuration(
+    case: str, tiny_command: list[str], caches: Callable[[str], Path], tmp_path: Path
+) -> None:
+    kind, override, words = IMPOSSIBLE[case]
+    assert words in refused(lambda: run([*from_cache(tiny_command, caches(kind)), override], tmp_path / "run"), ConfigError)
+    assert ConfigError.exit_code == 2 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("kind", ["topk", "full", "hidden"])
+def test_other_divergences_train_from_targets_that_have_them(
+    kind: str, tiny_command: list[str], caches: Callable[[str], Path], tmp_path: Path
+) -> None:
+    summary = run([*from_cache(tiny_command, caches(kind)), "objective=reverse_kl"], tmp_path / "run")
+    assert all(np.isfinite(row["train/reverse_kl"]) for row in rows(tmp_path / "run") if "train/reverse_kl" in row) and summary
+
+
+def test_a_student_of_the_teachers_layers_needs_the_teacher(tiny_command: list[str], caches: Callable[[str], Path], tmp_path: Path) -> None:
+    command = [
+        *without(tiny_command, "teacher", "student"),
+        "teacher=cached",
+        f"teacher.cache_dir={caches('full')}",
+        "student=from_teacher",
+    ]
+    assert "student.kind: from_teacher, and a cache has no layers" in refused(lambda: run(command, tmp_path / "run"), ConfigError)
+
+
+def test_more_tokens_than_the_vocabulary_has_are_one_line(tiny_command: list[str], tmp_path: Path) -> None:
+    lines = refused(lambda: build(tiny_command, tmp_path / "cache", "cache.kind=topk", "cache.k=63"), ConfigError)
+    assert lines == "cache.k: got 63, expected at most the 62 tokens of the vocabulary."
+    build(tiny_command, tmp_path / "all", "cache.kind=topk", "cache.k=62")
+    summary = run(from_cache(tiny_command, tmp_path / "all"), tmp_path / "run")
+    assert np.isfinite(summary["after/student_nll"] if "after/student_nll" in summary else summary["eval/student_nll"])
+
+
+# --------------------------------------------------------------------------------------------------------------------- storage
+
+
+def test_two_builds_are_equal_and_a_second_one_does_nothing(tiny_command: list[str], small: Path, caches: Callable[[str], Path]) -> None:
+    times = {file: file.stat().st_mtime_ns for file in small.rglob("shard-*")}
+    before = (small / "summary.json").read_bytes()
+    summary = build(tiny_command, small, *SMALL)
+    assert {file: file.stat().st_mtime_ns for file in small.rglob("shard-*")} == times
+    assert (small / "summary.json").read_bytes() == before and json.loads(before) == summary
+    again = small.parent / "again"
+    build(tiny_command, again, *SMALL)
+    assert content(again) == content(caches("small"))
+
+
+def test_a_damaged_shard_is_made_again_alone(
+    tiny_command: list[str], small: Path, caches: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shard = small / "train" / "shard-00001"
+    others = [folder for folder in small.rglob("shard-*") if folder != shard and folder.is_dir()]
+    times = [folder.stat().st_mtime_ns for folder in others]
+    data = bytearray((shard / "levels.npy").read_bytes())
+    data[-7] ^= 4
+    (shard / "levels.npy").write_bytes(data)
+    assert f"{shard}: levels.npy: wrong checksum" in refused(lambda: run(from_cache(tiny_command, small), tmp_path / "run"))
+    with caplog.at_level(logging.WARNING):
+        summary = build(tiny_command, small, *SMALL)
+    assert f"{shard}: levels.npy: wrong checksum; it is made again" in caplog.text
+    assert content(small) == content(caches("small")) and [folder.stat().st_mtime_ns for folder in others] == times
+    assert summary["cache/scored_sequences"] == 20
+
+
+def test_shards_of_another_teacher_are_not_taken_over(tiny_command: list[str], tiny_teacher: Path, small: Path, tmp_path: Path) -> None:
+    """cache.json deleted by hand, and built again with another teacher: what lay there looked whole."""
+    other = saved_copy(tiny_teacher, tmp_path / "teacher")
+    one_weight_changed(other)
+    (small / "cache.json").unlink()
+    command = [*tiny_command, f"teacher.path={other}"]
+    build(command, small, *SMALL)
+    build(command, tmp_path / "fresh", *SMALL)
+    assert content(small) == content(tmp_path / "fresh")
+
+
+def operations_of_a_build(command: list[str], folder: Path) -> int:
+    seen: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        count_operations(seen.append, patch)
+        build(command, folder, *SMALL)
+    return len(seen)
+
+
+def killed_at(number: int, command: list[str], folder: Path) -> int:
+    """How a build ended that gets kill -9 before its file operation `number`."""
+
+    def body() -> None:
+        count_operations(lambda seen: os.kill(os.getpid(), signal.SIGKILL) if seen == number else None)
+        build(command, folder, *SMALL)
+
+    return wait(fork(body))
+
+
+def assert_ends_undisturbed(numbers: list[int], command: list[str], folder: Path, wanted: Path) -> None:
+    """Killed at each of these operations of one build after the other, it ends as if it had not been."""
+    for number in numbers:
+        assert killed_at(number, command, folder) == -signal.SIGKILL, number
+    build(command, folder, *SMALL)
+    assert content(folder) == content(wanted), numbers
+    assert not [path.name for path in folder.rglob("*") if path.name.startswith(".")]
+    for which in (folder, wanted):
+        description = read_description(which)
+        assert description["complete"] and description["identity"] == read_description(wanted)["identity"]
+
+
+@forks
+def test_killed_at_file_operations_it_ends_byte_identical(tiny_command: list[str], caches: Callable[[str], Path], tmp_path: Path) -> None:
+    count = operations_of_a_build(tiny_command, tmp_path / "counted")
+    numbers = sorted(random.Random(0).sample(range(count), 3))
+    assert count > 60
+    for number in numbers:
+        assert_ends_undisturbed([number], tiny_command, tmp_path / str(number), caches("small"))
+
+
+@forks
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_killed_at_every_file_operation_it_ends_byte_identical(
+    tiny_command: list[str], caches: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for number in range(operations_of_a_build(tiny_command, tmp_path / "counted")):
+        assert_ends_undisturbed([number], tiny_command, tmp_path / "cache", caches("small"))
+        shutil.rmtree(tmp_path / "cache")
+
+
+@forks
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_failing_at_every_file_operation_is_one_line_and_resumable(
+    tiny_command: list[str], caches: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(0, operations_of_a_build(tiny_command, tmp_path / "counted"), 2):
+
+        def fail(seen: int, number: int = number) -> None:
+            if seen >= number:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        def body(fail: Callable[[int], None] = fail) -> None:
+            count_operations(fail)
+            build(tiny_command, tmp_path / "cache", *SMALL)
+
+        code = wait(fork(body))
+        errors = capfd.readouterr().err
+        assert code in (0, 6) and "Traceback" not in errors, (number, errors)  # 0: only the lock could not be taken away
+        assert code == 0 or len([line for line in errors.splitlines() if line.startswith("error: ")]) == 1
+        build(tiny_command, tmp_path / "cache", *SMALL)
+        assert content(tmp_path / "cache") == content(caches("small")), number
+        shutil.rmtree(tmp_path / "cache")
+
+
+@forks
+@pytest.mark.parametrize("limit", [2000, 8000])
+def test_a_full_disk_is_one_line_and_the_build_goes_on(
+    limit: int, tiny_command: list[str], caches: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """No file may grow beyond the limit: the kernel refuses the write, as a full disk does."""
+
+    def body() -> None:
+        import resource
+
+        build([*tiny_command], tmp_path / "warm", *SMALL)  # so that nothing but the cache is written
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        build(tiny_command, tmp_path / "cache", *SMALL)
+
+    assert wait(fork(body)) == 6
+    errors = capfd.readouterr().err
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert "File too large" in line and "Traceback" not in errors
+    build(tiny_command, tmp_path / "cache", *SMALL)
+    assert content(tmp_path / "cache") == content(caches("small"))
+
+
+def test_too_little_disk_is_refused_before_scoring(tiny_command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = shutil.disk_usage(tmp_path)._replace(free=10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    monkeypatch.setattr(CacheBuilder, "build", lambda *_, **__: pytest.fail("it was scored"))
+    line = refused(lambda: build(tiny_command, tmp_path / "cache", *SMALL), StorageError)
+    assert "10 kB of free space, expected at least" in line and "cache.dir" in line and "keep_checkpoints" not in line
+
+
+def test_the_prediction_stands_before_the_scoring_and_is_near(
+    tiny_command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    printed: list[str] = []
+    original = CacheBuilder.build
+
+    def watched(*args: Any, **kwargs: Any) -> int:
+        printed.append(capsys.readouterr().out)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(CacheBuilder, "build", watched)
+    summary = build(tiny_command, tmp_path / "cache", *KINDS["sampled"])
+    (before,) = printed
+    assert "bytes per token" in before and "minutes" in before and "% of the probability" in before
+    predicted = summary["cache/predicted_bytes_per_token"]
+    assert summary["cache/bytes_per_token"] == pytest.approx(predicted, rel=0.5)  # a tiny shard is a third headers
+    assert 0 < summary["cache/captured_mass"] < 1 and summary["cache/tokens"] > 1000
+    assert "Train from it: python -m mini_distill.train teacher=cached" in capsys.readouterr().out
+
+
+def test_a_folder_without_the_right_to_write_is_one_line(tiny_command: list[str], caches: Callable[[str], Path], tmp_path: Path) -> None:
+    def as_nobody() -> None:
+        locked = Path("/tmp") / f"locked-{os.getpid()}"
+        locked.mkdir(mode=0o555)
+        config = cache_config(tiny_command, locked / "cache", *SMALL)
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                prepare = cache_module._prepare(config, cache_module.start_processes("fp32", 1), cache_module.StopRequest())
+                patch.setattr(cache_module, "_prepare", lambda *_: prepare)
+                if os.geteuid() == 0:
+                    os.seteuid(65534)  # permissions do not bind root
+                assert "Permission denied" in refused(lambda: cache_module.build(config), StorageError)
+        finally:
+            os.seteuid(os.getuid())
+            locked.rmdir()
+
+    assert in_child(as_nobody) == 0
+
+
+def test_a_cache_that_cannot_be_written_can_be_read(tiny_command: list[str], small: Path, tmp_path: Path) -> None:
+    """On a shared, read-only disk: reading leaves no trace."""
+    before = {path: path.stat().st_mtime_ns for path in [small, *small.rglob("*")]}
+    run(from_cache(tiny_command, small), tmp_path / "run")
+    cache_module.info(cache_config(tiny_command, small))
+    assert {path: path.stat().st_mtime_ns for path in [small, *small.rglob("*")]} == before
+
+
+@contextmanager
+def in_mid_build(action: Callable[[], object], at: int = 3) -> Iterator[None]:
+    """Call `action` before the scoring of batch `at`, those of the prediction among them."""
+    original, calls = CacheBuilder._score, 0
+
+    def watched(self: CacheBuilder, *args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            action()
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CacheBuilder, "_score", watched)
+        yield
+
+
+@forks
+def test_a_second_builder_gets_one_line_and_harms_nothing(
+    tiny_command: list[str], caches: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    codes: list[int] = []
+    with in_mid_build(lambda: codes.append(wait(fork(lambda: build(tiny_command, tmp_path / "cache", *SMALL)))), at=4):
+        build(tiny_command, tmp_path / "cache", *SMALL)
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert codes == [6] and len(errors) == 1 and f"in use by process {os.getpid()}" in errors[0]
+    assert content(tmp_path / "cache") == content(caches("small"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_in_one_line_and_whole_shards_stay(
+    number: signal.Signals, code: int, tiny_command: list[str], caches: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with in_mid_build(send(number), at=7), pytest.raises(Preempted) as caught:
+        build(tiny_command, tmp_path / "cache", *SMALL)
+    assert caught.value.exit_code == code
+    assert str(caught.value).startswith(f"{tmp_path / 'cache'}: stopped by {number.name}; finished shards stay. The same command goes on")
+    kept = {shard: shard.stat().st_mtime_ns for shard in (tmp_path / "cache" / "train").glob("shard-*")}
+    assert len(kept) == 1 and not read_description(tmp_path / "cache")["complete"]
+    summary = build(tiny_command, tmp_path / "cache", *SMALL)
+    assert content(tmp_path / "cache") == content(caches("small"))
+    assert {shard: shard.stat().st_mtime_ns for shard in kept} == kept
+    sides = read_description(tmp_path / "cache")["sides"].values()
+    assert summary["cache/scored_sequences"] == sum(side["sequences"] for side in sides) - 20
+
+
+def test_an_unfinished_cache_is_not_trained_from(tiny_command: list[str], tmp_path: Path) -> None:
+    with in_mid_build(send(signal.SIGTERM), at=7), pytest.raises(Preempted):
+        build(tiny_command, tmp_path / "cache", *SMALL)
+    line = refused(lambda: run(from_cache(tiny_command, tmp_path / "cache"), tmp_path / "run"))
+    assert "missing" in line and "Build it again with the same command" in line
+
+
+@forks
+def test_two_processes_write_the_shards_of_one(
+    tiny_command: list[str], caches: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert in_processes(2, lambda rank: build(tiny_command, tmp_path / "cache", *SMALL)) == [0, 0]
+    assert content(tmp_path / "cache") == content(caches("small"))
+    summary = json.loads((tmp_path / "cache" / "summary.json").read_text())
+    sides = read_description(tmp_path / "cache")["sides"].values()
+    assert summary["cache/scored_sequences"] == sum(side["sequences"] for side in sides)
+    assert capfd.readouterr().out.count("bytes per token of the training side") == 1
+
+
+@forks
+def test_one_process_of_two_that_is_killed_leaves_whole_shards(
+    tiny_command: list[str], caches: Callable[[str], Path], tmp_path: Path
+) -> None:
+    def body(rank: int) -> None:
+        with in_mid_build(send(signal.SIGKILL) if rank == 1 else (lambda: None), at=5):
+            build(tiny_command, tmp_path / "cache", *SMALL)
+
+    codes = in_processes(2, body)
+    assert codes[1] == -signal.SIGKILL and codes[0] == 8, codes
+    build(tiny_command, tmp_path / "cache", *SMALL)
+    assert content(tmp_path / "cache") == content(caches("small"))
+
+
+def test_a_teacher_that_is_not_finite_is_one_line(
+    tiny_command: list[str], tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LanguageModel, "_check_head", lambda *_: None)  # as if it overflowed on this text only
+    other = saved_copy(tiny_teacher, tmp_path / "teacher")
+    tensors = safetensors.torch.load_file(other / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    safetensors.torch.save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    command = [*tiny_command, f"teacher.path={other}", "data.packing=false"]
+    assert "the teacher's logits are not finite" in refused(lambda: build(command, tmp_path / "cache", *SMALL))
+
+
+# --------------------------------------------------------------------------------------------------------------- info and verify
+
+
+def test_info_says_what_it_is_and_whether_it_is_whole(
+    tiny_command: list[str], tiny_teacher: Path, small: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache_module.info(cache_config(tiny_command, small))
+    out = capsys.readouterr().out
+    assert '"kind": "topk"' in out and str(tiny_teacher) in out and "bytes per token" in out and out.endswith("whole\n")
+    shutil.rmtree(small / "train" / "shard-00001")
+    cache_module.info(cache_config(tiny_command, small))
+    assert "1 shards missing or damaged, the first: train/1: missing" in capsys.readouterr().out
+
+
+def test_info_of_no_cache_is_one_line(tiny_command: list[str], tmp_path: Path) -> None:
+    line = refused(lambda: cache_module.info(cache_config(tiny_command, tmp_path / "nothing")))
+    assert "no cache of teacher targets. Build it: python -m mini_distill.cache" in line
+
+
+VERIFIED = {
+    **KINDS,
+    "spread": ["cache.kind=topk", "cache.k=8", "cache.tail=spread"],
+    "sampled at 2": [*KINDS["sampled"], "cache.temperature=2"],
+    "full at 2": ["cache.kind=full", "cache.temperature=2"],
+}
+
+
+@pytest.mark.parametrize("kind", VERIFIED)
+def test_verify_finds_a_good_cache_good(kind: str, tiny_command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build(tiny_command, tmp_path / "cache", *VERIFIED[kind])
+    found = cache_module.verify(cache_config(tiny_command, tmp_path / "cache", *VERIFIED[kind]))
+    assert found["verify/sequences"] == 32 and found["verify/tokens"] > 500
+    assert abs(found["verify/mean_kl"]) < (1e-2 if "sampled" not in kind and kind != "draws" else 0.2)
+    assert "verify/mean_kl" in capsys.readouterr().out
+
+
+def shuffled(values: np.ndarray) -> np.ndarray:
+    return np.random.default_rng(0).permutation(values)
+
+
+CHANGED: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
+    "sampled": ("tail_ids", shuffled),
+    "topk": ("ids", shuffled),
+    "full": ("log_probs", shuffled),
+    "hidden": ("hidden", shuffled),
+    "draws": ("head_ids", shuffled),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGED)
+def test_verify_finds_targets_that_were_changed_consistently(
+    kind: str, tiny_command: list[str], caches: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Nothing but the live teacher can tell: every checksum fits, and every row is a distribution."""
+    folder = copy_of(caches(kind), tmp_path / "cache")
+    for shard in (folder / "train").glob("shard-*"):
+        change_column(shard, *CHANGED[kind])
+    line = refused(lambda: cache_module.verify(cache_config(tiny_command, folder, *KINDS[kind])))
+    assert "nats per token away from what was written" in line
+
+
+# ------------------------------------------------------------------------------------------------------------------- going on
+
+
+@pytest.mark.parametrize("kind", ["sampled"])
+def test_a_run_from_a_cache_that_was_stopped_goes_on_to_the_bit(
+    kind: str, tiny_command: list[str], caches: Callable[[str], Path], tmp_path: Path
+) -> None:
+    class Crash(Exception):
+        pass
+
+    def crash() -> None:
+        raise Crash
+
+    command = [*from_cache(tiny_command, caches(kind)), "trainer.save_every=1"]
+    run(command, tmp_path / "undisturbed")
+    for step in (3, 5):
+        with before_step(step, crash), pytest.raises(Crash):
+            run(command, tmp_path / "run")
+    run(command, tmp_path / "run")
+    assert digest_run(tmp_path / "run") == digest_run(tmp_path / "undisturbed")
+
+
+def test_a_run_does_not_go_on_from_another_cache(tiny_command: list[str], tmp_path: Path) -> None:
+    command = from_cache(tiny_command, tmp_path / "cache")
+    build(tiny_command, tmp_path / "cache", *KINDS["sampled"])
+    with before_step(4, send(signal.SIGTERM)), pytest.raises(Preempted):
+        run(command, tmp_path / "run")
+    shutil.rmtree(tmp_path / "cache")
+    build(tiny_command, tmp_path / "cache", *KINDS["sampled"], "cache.seed=1")
+    line = refused(lambda: run(command, tmp_path / "run"), MiniDistillError)
+    assert "cache: got" in line and "the run to be resumed has" in line
+
+
+# ------------------------------------------------------------------------------------------------------------ the command line
+
+
+def cache_process(arguments: list[str], torchrun: int = 0) -> subprocess.Popen[str]:
+    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}"] if torchrun else []
+    command = [sys.executable, *start, "-m", "mini_distill.cache", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_the_command_ends_in_exit_code_and_one_line(tmp_path: Path) -> None:
+    process = cache_process(["info", f"cache.dir={tmp_path}"])
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 5 and output == "", errors
+    assert errors == f"error: {tmp_path}: no cache of teacher targets. Build it: python -m mini_distill.cache cache.dir=….\n"
+
+
+@pytest.mark.slow
+def test_every_verb_works_from_the_command_line(tiny_command: list[str], tmp_path: Path) -> None:
+    arguments = [*cache_command(tiny_command), f"cache.dir={tmp_path / 'cache'}", *SMALL]
+    for verb, words in (([], "Train from it"), (["build"], "Train from it"), (["verify"], "verify/mean_kl"), (["info"], "whole")):
+        process = cache_process([*verb, *arguments])
+        output, errors = process.communicate(timeout=120)
+        assert process.returncode == 0 and words in output, errors
+    process = cache_process(["verify", *arguments, "cache.k=9"])
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 5 and "Traceback" not in errors, errors
+    assert errors.strip().splitlines()[-1].startswith(f"error: {tmp_path / 'cache'}: cache.k: the cache has 8, this run 9.")
+
+
+def test_settings_of_the_command_are_checked() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(["teacher=none", "cache.kind=full", "cache.k=3", "cache.proposal=0.5"], "cache", CacheCommand)
+    assert {problem.where for problem in caught.value.problems} >= {"cache.dir", "teacher", "cache.k", "cache.proposal"}
+    assert report(caught.value) == 2
+    assert dataclasses.is_dataclass(load_config(["cache.dir=x"], "cache", CacheCommand))
+
+
+@pytest.mark.slow
+def test_torchrun_builds_as_one_process_and_its_end_is_one_line(
+    tiny_command: list[str], caches: Callable[[str], Path], tmp_path: Path
+) -> None:
+    arguments = [*cache_command(tiny_command), f"cache.dir={tmp_path / 'cache'}", *SMALL]
+    process = cache_process(arguments, torchrun=2)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    assert content(tmp_path / "cache") == content(caches("small"))
+    process = cache_process([*arguments, "cache.k=9"], torchrun=2)
+    _, errors = process.communicate(timeout=200)
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert process.returncode != 0 and any("cache.k: the cache has 8, this run 9" in line for line in lines), errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("torchrun", [0, 2])
+def test_sigterm_to_the_command_ends_in_143_and_one_line(torchrun: int, tiny_command: list[str], tmp_path: Path) -> None:
+    corpus = tmp_path / "long.jsonl"
+    corpus.write_text("".join(json.dumps({"text": f"the cat {i} sat on a mat and saw two birds " * 5}) + "\n" for i in range(4000)))
+    arguments = [*cache_command(tiny_command), f"data.path={corpus}", f"cache.dir={tmp_path / 'cache'}", *SMALL]
+    process = cache_process(arguments, torchrun)
+    for _ in range(1200):
+        if list((tmp_path / "cache" / "train").glob("shard-*")):
+            break
+        assert process.poll() is None, process.communicate()
+        signal.sigtimedwait([], 0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=100)
+    stopped = [line for line in errors.splitlines() if "stopped by SIGTERM; finished shards stay" in line]
+    assert len(stopped) == max(1, torchrun) and (torchrun or process.returncode == 143), errors
+    assert torchrun or "Traceback" not in errors
