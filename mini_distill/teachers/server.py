@@ -48,6 +48,9 @@ IMPOSSIBLE, LEAST = -9999.0, -50.0
 """vLLM writes -9999 for -inf. In a row, beside other tokens, what is below -50 is taken for -50: it would swamp the rest."""
 
 MASS_ROUNDING = 0.01
+PADDING_MASS = 1e-3
+"""Of token numbers beyond the tokenizer's: so little may fall on columns that pad the embedding, and not on another vocabulary."""
+
 PROBE = "The quick brown fox jumps over 13 lazy dogs, doesn't it? — Sì!\n"
 SAME_COMMAND = "The same command goes on where this one stopped, once it answers."
 
@@ -209,20 +212,33 @@ class ServerTeacher:
             raise ModelError("teacher.url", what, "Serve the model with vLLM: vllm serve <model> (other servers ignore that field).")
         if len(listed) != len(document.ids):
             raise self._wrong(f"gives {len(listed)} positions for {len(document.ids)} tokens")
-        rows = [self._row(listed[i], document.ids[i]) for i in document.targets]
-        log_probs = torch.tensor([row[1] for row in rows], dtype=torch.float64).clamp(min=LEAST)
-        mass = log_probs.exp().sum(-1)
-        if mass.max() > 1 + MASS_ROUNDING:
-            raise self._wrong(f"gives log-probabilities that add up to {mass.max().item():.4g}, expected at most 1")
-        return Answers(
-            torch.tensor([row[0] for row in rows]),
-            log_probs.clamp(max=0).float(),  # above by rounding
-            (1 - mass).clamp(min=0).float(),
-            torch.tensor([row[2] for row in rows]).clamp(min=IMPOSSIBLE, max=0),
-        )
+        ids, log_probs, tails, target_log_probs = zip(*(self._row(listed[i], document.ids[i]) for i in document.targets), strict=True)
+        return Answers(torch.tensor(ids), torch.tensor(log_probs), torch.tensor(tails), torch.tensor(target_log_probs))
 
-    def _row(self, entries: Any, target: int) -> tuple[list[int], list[float], float]:
-        """The k most likely tokens of a position, their log-probabilities, and that of the token that stands there."""
+    def _row(self, entries: Any, target: int) -> tuple[list[int], list[float], float, float]:
+        """The k most likely tokens of a position, their log-probabilities, the mass of all others, and the log-probability of `target`."""
+        listed = self._listed(entries)
+        if target not in listed:
+            raise self._wrong(f"does not list the token that was sent ({target}): it read another text")
+        mass = sum(math.exp(min(value, 700.0)) for value in listed.values())
+        if mass > 1 + MASS_ROUNDING:
+            raise self._wrong(f"gives log-probabilities that add up to {mass:.4g}, expected at most 1")
+        inside = {token: value for token, value in listed.items() if token < self.vocab_size}
+        if target not in inside or sum(math.exp(value) for token, value in listed.items() if token not in inside) > PADDING_MASS:
+            what = f"{self.connection.url} gives the token {max(listed)}, and the tokenizer's last is {self.vocab_size - 1}"
+            raise ModelError("teacher.path", what, "Give the tokenizer of the model that is served.")
+        likely = sorted(inside.items(), key=lambda entry: (-entry[1], entry[0]))[: self.k]
+        tail = max(0.0, 1 - sum(math.exp(value) for _, value in likely))
+        if missing := self.k - len(likely):  # columns that pad the embedding took their places: others share the mass of the rest
+            share = tail / (self.vocab_size - len(likely))
+            others = (token for token in range(self.vocab_size) if token not in inside)
+            likely += [(token, math.log(max(share, math.exp(LEAST)))) for token, _ in zip(others, range(missing), strict=False)]
+            tail -= missing * share
+        bounded = [min(0.0, max(value, LEAST)) for _, value in likely]  # above 0 by rounding
+        return [token for token, _ in likely], bounded, tail, min(0.0, max(listed[target], IMPOSSIBLE))
+
+    def _listed(self, entries: Any) -> dict[int, float]:
+        """Token -> log-probability of one position."""
         if not isinstance(entries, dict):
             raise self._wrong("says nothing about a token of the prompt")
         try:
@@ -233,13 +249,9 @@ class ServerTeacher:
             raise self._wrong("gives a log-probability that is not finite")
         if len(listed) < self.k:
             raise self._wrong(f"gives {len(listed)} tokens at a position, expected teacher.top_k={self.k}")
-        if min(listed) < 0 or max(listed) >= self.vocab_size:
-            what = f"{self.connection.url} gives the token {max(listed)}, and the tokenizer's last is {self.vocab_size - 1}"
-            raise ModelError("teacher.path", what, "Give the tokenizer of the model that is served.")
-        if target not in listed:
-            raise self._wrong(f"does not list the token that was sent ({target}): it read another text")
-        likely = sorted(listed.items(), key=lambda entry: (-entry[1], entry[0]))[: self.k]
-        return [token for token, _ in likely], [value for _, value in likely], listed[target]
+        if min(listed) < 0:
+            raise self._wrong("gives a token with a negative number")
+        return listed
 
     def _wrong(self, what: str) -> ModelError:
         return ModelError("teacher.url", f"{self.connection.url} {what}", "Update the server, or serve the model with another.")
