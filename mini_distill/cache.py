@@ -45,7 +45,7 @@ from .losses.sparse import SMALLEST_TAIL, SampledRows, TopKRows
 from .models.head import embedding_rows
 from .models.identity import weights_fingerprint
 from .models.packed_documents import check_documents_kept_apart
-from .storage import atomic_write_text, size_text
+from .storage import atomic_write_text, size_text, verify_folder
 from .teachers.cache_build import CacheBuilder
 from .teachers.cache_identity import identity, read_description, write_description
 from .teachers.cached import CachedTeacher, open_side
@@ -136,11 +136,13 @@ def info(config: CacheCommand) -> dict[str, Any]:
         for side in description["sides"]
         for number, problem in open_side(folder, description, side).damaged().items()
     ]
+    besides = ["tokenizer", *(["head"] if description["cache"]["kind"] == "hidden" else [])]
+    damaged += [f"{name}: {problem}" for name in besides for problem in verify_folder(folder / name)[:1]]
     summary = description.get("summary", {})
     print(
         f"{folder}: {size_text(_bytes_on_disk(folder))}" + (f", {summary['cache/bytes_per_token']:.1f} bytes per token" if summary else "")
     )
-    print("whole" if not damaged else f"{len(damaged)} shards missing or damaged, the first: {damaged[0]}")
+    print("whole" if not damaged else f"{len(damaged)} parts missing or damaged, the first: {damaged[0]}")
     return description
 
 

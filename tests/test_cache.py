@@ -416,6 +416,20 @@ def test_a_damaged_shard_is_made_again_alone(
     assert summary["cache/scored_sequences"] == 20
 
 
+@pytest.mark.parametrize("name", ["tokenizer", "head"])
+def test_a_damaged_tokenizer_or_head_is_made_again(
+    name: str, tiny_command: list[str], caches: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy_of(caches("hidden"), tmp_path / "hidden")
+    (file,) = (file for file in (folder / name).iterdir() if file.name in ("tokenizer.json", "head.safetensors"))
+    os.truncate(file, 100)
+    cache_module.info(cache_config(tiny_command, folder))
+    assert f"1 parts missing or damaged, the first: {name}: {file.name}: 100 bytes" in capsys.readouterr().out
+    assert name in refused(lambda: run(from_cache(tiny_command, folder), tmp_path / "run"), MiniDistillError)
+    assert build(tiny_command, folder, *KINDS["hidden"])["cache/scored_sequences"] > 0  # of the build that scored them
+    assert content(folder) == content(caches("hidden"))
+
+
 def test_shards_of_another_teacher_are_not_taken_over(tiny_command: list[str], tiny_teacher: Path, small: Path, tmp_path: Path) -> None:
     """cache.json deleted by hand, and built again with another teacher: what lay there looked whole."""
     other = saved_copy(tiny_teacher, tmp_path / "teacher")
@@ -682,7 +696,7 @@ def test_info_says_what_it_is_and_whether_it_is_whole(
     assert '"kind": "topk"' in out and str(tiny_teacher) in out and "bytes per token" in out and out.endswith("whole\n")
     shutil.rmtree(small / "train" / "shard-00001")
     cache_module.info(cache_config(tiny_command, small))
-    assert "1 shards missing or damaged, the first: train/1: missing" in capsys.readouterr().out
+    assert "1 parts missing or damaged, the first: train/1: missing" in capsys.readouterr().out
 
 
 def test_info_of_no_cache_is_one_line(tiny_command: list[str], tmp_path: Path) -> None:

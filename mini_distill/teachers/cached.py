@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -149,8 +150,8 @@ def open_kind(folder: Path, description: dict[str, Any], side: str) -> Kind:
 def save_head(folder: Path, head: OutputHead) -> None:
     """A plain head, with its scale and soft-capping."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in head.module.state_dict().items()}
-    numbers = {"scale": repr(head.scale), "softcap": repr(head.softcap)}
-    safetensors.torch.save_file(tensors, folder / "head.safetensors", metadata=numbers)
+    numbers = json.dumps({"scale": head.scale, "softcap": head.softcap})  # in one entry: safetensors writes several in any order
+    safetensors.torch.save_file(tensors, folder / "head.safetensors", metadata={"head": numbers})
 
 
 def load_head(folder: Path) -> OutputHead:
@@ -165,13 +166,12 @@ def load_head(folder: Path) -> OutputHead:
     try:
         tensors = safetensors.torch.load_file(file)
         with safetensors.safe_open(file, "pt") as opened:
-            numbers = opened.metadata()
+            numbers = json.loads(opened.metadata()["head"])
         weight = tensors["weight"]
         module = nn.Linear(weight.shape[1], weight.shape[0], bias="bias" in tensors, dtype=weight.dtype)
         module.load_state_dict(tensors)
-        softcap = None if numbers["softcap"] == "None" else float(numbers["softcap"])
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise ValueError("not every number is finite")
-        return OutputHead(module.requires_grad_(False), float(numbers["scale"]), softcap)
-    except (OSError, safetensors.SafetensorError, KeyError, ValueError) as error:
+        return OutputHead(module.requires_grad_(False), numbers["scale"], numbers["softcap"])
+    except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CacheError(str(file), f"cannot be read ({error})", REBUILD) from error

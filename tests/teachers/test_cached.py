@@ -348,6 +348,9 @@ def test_a_head_comes_back_with_all_that_it_does(
     head = OutputHead(nn.Linear(8, 12, bias=bias, dtype=dtype), scale, softcap)
     with atomic_folder(tmp_path / "head") as folder:
         save_head(folder, head)
+    for again in range(5):  # to the byte, so that two builds are equal
+        save_head(tmp_path, head)
+        assert (tmp_path / "head.safetensors").read_bytes() == (tmp_path / "head" / "head.safetensors").read_bytes(), again
     hidden = torch.randn(5, 8, dtype=dtype)
     assert torch.equal(load_head(tmp_path / "head").logits(hidden), head.logits(hidden))
     assert not any(p.requires_grad for p in load_head(tmp_path / "head").module.parameters())
@@ -358,6 +361,7 @@ HEAD_DAMAGE: dict[str, Callable[[Path], object]] = {
     "emptied": lambda folder: (folder / "head.safetensors").write_bytes(b""),
     "a bit flipped": lambda folder: flip(folder / "head.safetensors"),
     "signed junk": lambda folder: ((folder / "head.safetensors").write_bytes(b"junk"), sign(folder)),
+    "signed and without numbers": lambda folder: (_head_without_numbers(folder), sign(folder)),
     "signed NaN": lambda folder: (_nan_head(folder), sign(folder)),
 }
 
@@ -368,11 +372,15 @@ def flip(file: Path) -> None:
     file.write_bytes(data)
 
 
+def _head_without_numbers(folder: Path) -> None:
+    safetensors.torch.save_file(safetensors.torch.load_file(folder / "head.safetensors"), folder / "head.safetensors")
+
+
 def _nan_head(folder: Path) -> None:
     save_head(folder, OutputHead(nn.Linear(32, 64, bias=False)))
     tensors = safetensors.torch.load_file(folder / "head.safetensors")
     tensors["weight"][3, 4] = float("nan")
-    safetensors.torch.save_file(tensors, folder / "head.safetensors", metadata={"scale": "1.0", "softcap": "None"})
+    safetensors.torch.save_file(tensors, folder / "head.safetensors", metadata={"head": '{"scale": 1.0, "softcap": null}'})
 
 
 @pytest.mark.parametrize("damage", HEAD_DAMAGE)
