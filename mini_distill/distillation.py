@@ -37,7 +37,7 @@ from .teachers.server import ServerTeacher, open_server
 from .teachers.targets import Teacher
 from .training.checkpoint import Checkpoints, load_optimizer, optimizer_to_tensors
 from .training.fingerprints import compare_fingerprints
-from .training.objective import build_objective
+from .training.objective import add_matching, build_objective
 from .training.optimizer import build_optimizer
 from .training.progress import TrainingProgress
 from .training.run_folder import RunFolder
@@ -228,6 +228,8 @@ def prepare(config: Config, run: RunFolder, tracker: Tracker) -> Distillation:
     for where, model in (("teacher", teacher_model), ("student", student_model)):
         check_vocabulary(model, tokenizer, where)
     language_model = LanguageModel(student_model.to(accelerator.device)).train()
+    add_matching(objective, config.objective, language_model, teacher_model, config.seed)
+    language_model.projections.to(accelerator.device)
     if config.data.packing:
         for where, model in (("teacher.path", teacher_model), ("student.path", student_model)):
             check_documents_kept_apart(model, where)

@@ -150,11 +150,12 @@ def distill_step(
     Returns:
         Sums over the batch's supervised tokens, not yet divided by their number.
     """
-    with autocast():
+    with autocast(), objective.watching():  # the layers whose inner states are matched, if any
         teacher_targets = teacher(batch) if teacher is not None and objective.needs_teacher else None  # at the supervised positions
         student_hidden = student(batch)  # (supervised, hidden)
         # From here both distributions are made and compared a few tokens at a time: losses/divergences.py has the formulas.
-        return objective.fused(student_hidden, output_head(student), teacher_targets, supervised_targets(batch.labels))
+        sums = objective.fused(student_hidden, output_head(student), teacher_targets, supervised_targets(batch.labels))
+        return objective.with_matching(sums, batch)
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -48,12 +48,18 @@ FAMILIES: dict[str, tuple[type, dict[str, Any]]] = {
     "gpt2": (GPT2Config, {"n_head": 4}),
 }
 TEACHERS = sorted(path.stem for path in (config_dir() / "teacher").glob("*.yaml"))
-NAMED_TEACHERS = [name for name in TEACHERS if name not in ("embedded", "hf", "none")]
+UNNAMED = ("embedded", "hf", "cached", "server", "none")
+NAMED_TEACHERS = [name for name in TEACHERS if name not in UNNAMED]
 STUDENTS = sorted(path.stem for path in (config_dir() / "student").glob("*.yaml"))
 SCRATCH_STUDENTS = [name for name in STUDENTS if name.startswith("mini_")]
 ALL_PRESETS = sorted(path for path in config_dir().glob("*/*.yaml") if path.parent.name in ("student", "teacher"))
 NEEDED = {
-    "teacher": {"hf": ["teacher.path=some/model"], "none": ["student=hf", "student.path=some/model", "objective=ce"]},
+    "teacher": {
+        "hf": ["teacher.path=some/model"],
+        "cached": ["teacher.cache_dir=.", "student=mini_2m"],
+        "server": ["teacher.url=http://localhost:8000", "teacher.path=some/model", "student=mini_2m"],
+        "none": ["student=hf", "student.path=some/model", "objective=ce"],
+    },
     "student": {"hf": ["student.path=some/model"]},
 }
 """What a preset that leaves something open needs besides."""
@@ -85,7 +91,7 @@ def preset(group: str, name: str) -> Config:
 @pytest.mark.parametrize("name", TEACHERS)
 def test_every_teacher_preset_composes(name: str) -> None:
     teacher = preset("teacher", name).teacher
-    assert teacher.kind == (name if name in ("embedded", "none") else "hf")
+    assert teacher.kind == (name if name in UNNAMED else "hf")
     assert not teacher.trust_remote_code
 
 
@@ -183,7 +189,7 @@ def test_packed_documents_give_the_logits_of_the_documents_alone(family: str, at
         labels[row, column + 1 : column + length] = 5
         batch.labels = labels
         with torch.no_grad():
-            packed = model(batch)
+            packed = model.logits(batch)
         alone = logits(model.model, batch.input_ids[row : row + 1, column : column + length])[0, :-1]
         torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-4)
 
@@ -201,7 +207,7 @@ def test_the_language_model_gives_the_models_own_logits(family: str) -> None:
     model = tiny(family)
     ids = documents(12)[0]
     with torch.no_grad():
-        ours = LanguageModel(model)(as_batch(ids, torch.arange(12)[None]))
+        ours = LanguageModel(model).logits(as_batch(ids, torch.arange(12)[None]))
     torch.testing.assert_close(ours, logits(model, ids)[0, :-1])
 
 

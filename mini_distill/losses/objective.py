@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -76,6 +77,19 @@ class DivergenceTerm:
         return f"{self.weight:g}{squared} · {self.name}" + (f"({', '.join(details)})" if details else "")
 
 
+class InnerMatching(Protocol):
+    """Terms that compare what lies within the models (`teachers/matching.py`)."""
+
+    def weights(self) -> dict[str, float]:
+        """Each term's, by name."""
+
+    def watching(self) -> AbstractContextManager[None]:
+        """Forward passes within are watched."""
+
+    def sums(self, batch: Any) -> dict[str, Tensor]:
+        """Each term over a batch's supervised positions, unweighted, with its graph."""
+
+
 class Objective:
     """The weighted sum of divergences from the teacher and the cross-entropy with the data, over a batch's supervised tokens.
 
@@ -118,12 +132,13 @@ class Objective:
             self.divergences.insert(0, first)
         self.ce_weight, self.vocab_size, self.memory_mib = ce_weight, vocab_size, memory_mib
         self.schedules, self.step = schedules or {}, 1
+        self.matching: InnerMatching | None = None  # once the models are there
         self._sums: Callable[..., Tensor] = torch.compile(self._term_sums, dynamic=True) if compile else self._term_sums
 
     @property
     def needs_teacher(self) -> bool:
         """Whether the teacher has to be asked."""
-        return bool(self.divergences)
+        return bool(self.divergences) or self.matching is not None
 
     @property
     def names(self) -> list[str]:
@@ -165,7 +180,10 @@ class Objective:
             teacher: Its targets at the same positions; not looked at without a divergence.
             targets: `(tokens,)` the data's own next tokens.
         """
-        teacher = teacher if self.needs_teacher else None
+        if not self.names:  # inner states alone: every parameter still gets a gradient, of zero
+            unused = [p.flatten()[:0].sum() for p in student_head.module.parameters() if p.requires_grad]
+            return ObjectiveSums(sum(unused, start=student_hidden[:0].sum()).float(), {})
+        teacher = teacher if self.divergences else None
         loss, sums = linear_terms(
             student_hidden,
             student_head,
@@ -177,6 +195,19 @@ class Objective:
             memory_mib=self.memory_mib,
         )
         return ObjectiveSums(loss, dict(zip(self.names, sums, strict=True)))
+
+    def watching(self) -> AbstractContextManager[None]:
+        """The forward passes of both models within are watched, where inner states are matched."""
+        return self.matching.watching() if self.matching is not None else nullcontext()
+
+    def with_matching(self, sums: ObjectiveSums, batch: Any) -> ObjectiveSums:
+        """Add the terms that compare inner states, of the passes that were just watched."""
+        if self.matching is None:
+            return sums
+        matched, weights = self.matching.sums(batch), self.matching.weights()
+        factors = {name: weights[name] * multiplier(self.schedules.get(name), self.step) for name in matched}
+        loss = sum((factors[name] * value for name, value in matched.items()), start=sums.loss)
+        return ObjectiveSums(loss, sums.terms | {name: value.detach() for name, value in matched.items()})
 
     def _term_sums(self, student_logits: Tensor, teacher: Tensor | SparseRows | None, targets: Tensor) -> Tensor:
         """The sum of each term over some tokens, `(terms,)`."""
@@ -200,5 +231,7 @@ class Objective:
     def formula(self) -> str:
         """The loss with its numbers, for people: `0.5 · forward_kl + 0.5 · ce`."""
         parts = [term.formula() for term in self.divergences] + ([f"{self.ce_weight:g} · ce"] if self.ce_weight > 0 else [])
-        scheduled = [" (on a schedule)" if name in self.schedules else "" for name in self.names]
+        matched = self.matching.weights() if self.matching is not None else {}
+        parts += [f"{weight:g} · {name}" for name, weight in matched.items()]
+        scheduled = [" (on a schedule)" if name in self.schedules else "" for name in [*self.names, *matched]]
         return " + ".join(part + mark for part, mark in zip(parts, scheduled, strict=True))

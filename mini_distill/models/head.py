@@ -107,6 +107,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.model = model
         self.head = OutputHead.of(model)
+        self.projections = nn.ModuleDict()  # what the matching of hidden states learns besides; not part of the model
         self._check_head(where)
 
     def hidden(self, batch: Batch) -> Tensor:

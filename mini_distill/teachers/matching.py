@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from ..config import TermConfig
 from ..data.batch import Batch
+from ..errors import ConfigError
 from ..losses import attention, hidden
 from ..losses.reduction import loss_mask
 from ..models.inner_states import InnerStates, blocks_of, layer_map
@@ -53,33 +54,51 @@ class MatchingTerm:
         return ("attention",) if self.kind.startswith("attention") else RELATIONS
 
 
-class Matching(nn.Module):
+class Matching:
     """The matching terms of an objective, with their learned projections.
 
     Args:
         terms: Name -> settings, of the kinds that match.
         student: The bare student.
         teacher: The teacher.
+        seed: Decides the projections' first weights, alone.
+
+    Attributes:
+        projections: To be trained, wrapped and checkpointed with the student.
 
     Raises:
-        ConfigError: a block that is not there; an option that is refused; widths that relation heads do not divide.
+        ConfigError: a block that is not there; relation heads that do not divide a width.
         ModelError: an architecture whose states cannot be watched.
     """
 
-    def __init__(self, terms: Mapping[str, TermConfig], student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-        super().__init__()
+    def __init__(self, terms: Mapping[str, TermConfig], student: PreTrainedModel, teacher: PreTrainedModel, seed: int) -> None:
         depths = len(blocks_of(student)), len(blocks_of(teacher))
         self.terms = [
             MatchingTerm(name, str(term.kind), term.weight, _pairs(name, term, *depths), dict(term.options)) for name, term in terms.items()
         ]
-        self.student_states = InnerStates(student, self._wanted(0))
-        self.teacher_states = InnerStates(teacher, self._wanted(1))
+        self.student_states = InnerStates(student, self._wanted(0), "student")
+        self.teacher_states = InnerStates(teacher, self._wanted(1), "teacher")
         self.projections = nn.ModuleDict()
         widths = _width(student), _width(teacher)
         if widths[0] != widths[1]:
-            for term in self.terms:
-                for pair in term.pairs if term.states == ("hidden",) else ():
-                    self.projections[_key(term, pair)] = nn.Linear(*widths, bias=False)
+            with torch.random.fork_rng([]):
+                torch.default_generator.manual_seed(seed)
+                for term in self.terms:
+                    for pair in term.pairs if term.states == ("hidden",) else ():
+                        self.projections[_key(term, pair)] = nn.Linear(*widths, bias=False)
+
+        self._check_relation_heads(student, teacher)
+
+    def _check_relation_heads(self, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+        for term in self.terms:
+            if term.kind != "relation_kl":
+                continue
+            heads = int(term.options.get("num_relation_heads", 16))
+            for model in (student, teacher):
+                for width in _projection_widths(model):
+                    if heads < 1 or width % heads:
+                        what = f"got {heads}, expected a divisor of {width}, a width of {type(model).__name__}'s queries, keys or values"
+                        raise ConfigError(f"objective.terms.{term.name}.options.num_relation_heads", what, "Give a common divisor.")
 
     def _wanted(self, side: int) -> list[tuple[str, int]]:
         """(state, block) that the terms look at in the student (0) or the teacher (1)."""
@@ -90,6 +109,10 @@ class Matching(nn.Module):
         """The forward passes within are watched; `sums` has to be called within, too."""
         with self.student_states, self.teacher_states:
             yield
+
+    def weights(self) -> dict[str, float]:
+        """Each term's, by name."""
+        return {term.name: term.weight for term in self.terms}
 
     def sums(self, batch: Batch) -> dict[str, Tensor]:
         """Each term over the batch's supervised positions, unweighted, with its graph.
@@ -124,6 +147,13 @@ def _pairs(name: str, term: TermConfig, student_blocks: int, teacher_blocks: int
 
 def _width(model: PreTrainedModel) -> int:
     return model.config.get_text_config().hidden_size
+
+
+def _projection_widths(model: PreTrainedModel) -> list[int]:
+    """Of queries, and of keys and values, which grouped-query attention makes narrower."""
+    config = model.config.get_text_config()
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return [config.num_attention_heads * head, (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head]
 
 
 def _key(term: MatchingTerm, pair: tuple[int, int]) -> str:

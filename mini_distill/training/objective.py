@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..config import ObjectiveConfig, TrainerConfig, objective_terms
 from ..errors import ConfigError
 from ..losses import divergences
 from ..losses.catalogue import matching_parameters
 from ..losses.objective import DivergenceTerm, Objective
+from ..models.head import LanguageModel
+from ..teachers.matching import Matching
 
 
 def build_objective(config: ObjectiveConfig, trainer: TrainerConfig, on_gpu: bool) -> Objective:
@@ -46,6 +49,22 @@ def build_objective(config: ObjectiveConfig, trainer: TrainerConfig, on_gpu: boo
         memory_mib=config.logits_memory_mib,
         compile=trainer.compile or (on_gpu and _has_triton()),
     )
+
+
+def add_matching(objective: Objective, config: ObjectiveConfig, student: LanguageModel, teacher: PreTrainedModel | None, seed: int) -> None:
+    """The matching of inner states, where the configuration asks for it; its projections join the student's parameters.
+
+    Raises:
+        ConfigError: blocks that are not there, or that cannot be compared.
+        ModelError: an architecture whose states cannot be watched.
+    """
+    terms = {name: term for name, term in objective_terms(config).items() if term.kind in matching_parameters() and term.weight > 0}
+    if not terms:
+        return
+    assert teacher is not None  # anything else was refused with the configuration
+    matching = Matching(terms, student.model, teacher, seed)
+    student.projections.update(dict(matching.projections.items()))
+    objective.matching = matching
 
 
 def load_divergence(name: str, options: Mapping[str, Any], where: str, where_options: str) -> Callable[..., Tensor]:
