@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -288,6 +289,9 @@ def start_processes(precision: str, num_threads: int | None) -> Accelerator:
         precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
     AcceleratorState._reset_state()  # of another run in this process, as in a sweep: its precision is not ours
     accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=not on_gpu)
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        what = f"accelerate is set up for {accelerator.distributed_type.value}, and checkpoints of sharded weights are not written here"
+        raise DistributedError("torch.distributed", what, "Start with torchrun, which replicates the student (DDP).")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise DistributedError(
