@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError, ModelError
+from ..models.inner_states import blocks_path
 from ..models.loading import one_line
 
 
@@ -62,7 +63,7 @@ def from_teacher_layers(teacher: PreTrainedModel, num_layers: int | None) -> Pre
 
 def _kept_weights(teacher: PreTrainedModel, kept: list[int]) -> dict[str, Tensor]:
     """The teacher's state dict without the other blocks, the kept ones renumbered."""
-    prefix = _blocks_prefix(teacher)
+    prefix = blocks_path(teacher, "student.kind", "Use student=mini_2m or another preset.") + "."
     new_number = {str(old): str(new) for new, old in enumerate(kept)}
     state = {}
     for key, value in teacher.state_dict().items():
@@ -73,17 +74,3 @@ def _kept_weights(teacher: PreTrainedModel, kept: list[int]) -> dict[str, Tensor
         if number in new_number:
             state[f"{prefix}{new_number[number]}.{rest}"] = value
     return state
-
-
-def _blocks_prefix(model: PreTrainedModel) -> str:
-    """The path of the list of blocks, `model.layers.` for Llama, `transformer.h.` for GPT-2."""
-    of = model.config.get_text_config().num_hidden_layers
-    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == of]
-    outermost = [name for name in lists if not any(name.startswith(other + ".") for other in lists)]
-    if len(outermost) != 1:
-        raise ModelError(
-            "student.kind",
-            f"cannot tell which list of {type(model).__name__} holds its {of} blocks",
-            "Use student=mini_2m or another preset.",
-        )
-    return outermost[0] + "."
