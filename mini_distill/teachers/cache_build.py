@@ -119,8 +119,9 @@ class CacheBuilder:
         numbers = list(side.sequences_of(0))[: self.config.batch_size]
         self._score(self.streams["train"].batch(numbers[:1]), "train")  # warm
         started = time.perf_counter()
-        columns, masses = self._score(self.streams["train"].batch(numbers), "train")
+        columns, _ = self._score(self.streams["train"].batch(numbers), "train")
         seconds = time.perf_counter() - started
+        _, masses = self._score(self.streams["train"].batch(numbers), "train", with_mass=True)
         tokens = sum(len(part) for part in masses)
         total = sum(stream.num_supervised for stream in self.streams.values())
         of_token = sum(array.nbytes for part in columns.values() for array in part.values()) / max(1, tokens)
@@ -208,8 +209,8 @@ class CacheBuilder:
             yield _cut(Batch.concatenate([whole[i] for i in chosen]), lengths[chosen[-1]])
 
     @torch.no_grad()
-    def _score(self, batch: Batch, side: str) -> tuple[dict[int, Columns], list[Tensor]]:
-        """Sequence number -> its columns; and the captured mass of each token."""
+    def _score(self, batch: Batch, side: str, with_mass: bool = False) -> tuple[dict[int, Columns], list[Tensor]]:
+        """Sequence number -> its columns; and, if wished, the captured mass of each token."""
         batch, kind, held_out = batch.to(self.teacher.device), self.kinds[side], side == "held_out"
         with self.autocast():
             targets = self.teacher(batch)
@@ -223,10 +224,10 @@ class CacheBuilder:
                 parts = []
                 for rows in _chunks(at, at + count, self.vocab_size):
                     logits = targets.rows(rows, self.vocab_size)
-                    if not torch.isfinite(logits).all():
+                    if not torch.isfinite(logits.logsumexp(-1)).all():
                         raise CacheError(f"sequence {number}", "the teacher's logits are not finite", "Try another teacher.dtype.")
-                    probs = torch.softmax(logits / kind.config.temperature, -1)
-                    masses.append(kind.captured_mass(probs).cpu())
+                    if with_mass:
+                        masses.append(kind.captured_mass(torch.softmax(logits / kind.config.temperature, -1)).cpu())
                     columns = kind.encode(logits, targets.hidden[rows], generator)
                     columns["_tokens"] = np.zeros(len(logits), dtype=np.uint8)
                     parts.append(columns | (_for_evaluation(logits, next_tokens[rows]) if held_out else {}))

@@ -24,7 +24,7 @@ from ..losses.linear import TeacherRows
 from ..losses.sparse import SampledRows, TopKRows
 from ..models.head import OutputHead
 from .cache_files import Columns, Shard, pack_ids, to_array, to_tensor, unpack_ids
-from .sampling import draw, entropy, level_table, threshold_sample, to_levels
+from .sampling import draw, level_table, threshold_sample, to_levels
 from .targets import DenseTargets
 
 SMALLEST_SAMPLED = 1e-6  # weight of a single draw that importance weights can make
@@ -104,7 +104,9 @@ class Sampled(Kind):
 
     def encode(self, logits: Tensor, hidden: Tensor, generator: torch.Generator) -> Columns:
         """Token numbers, weights in a byte each, and the entropy in a byte."""
-        probs = torch.softmax(logits / self.config.temperature, -1)
+        log_probs = torch.log_softmax(logits if self.config.temperature == 1 else logits / self.config.temperature, -1)
+        probs = log_probs.exp()
+        entropies = -(probs * log_probs.clamp(min=-1e30)).sum(-1)  # in float32: it is kept in a byte
         if self.config.sampling == "threshold":
             entries = threshold_sample(probs, self.config.k, generator)
         else:
@@ -115,7 +117,7 @@ class Sampled(Kind):
             **pack_ids("head_ids", entries.head_ids, self.vocab_size),
             **pack_ids("tail_ids", entries.tail_ids, self.vocab_size),
             "head_levels": to_levels(entries.head_weights.cpu(), self.table, generator).numpy(),
-            "entropy": to_levels(entropy(probs).cpu(), self.entropy_table, generator).numpy(),
+            "entropy": to_levels(entropies.cpu(), self.entropy_table, generator).numpy(),
         }
 
     def decode(self, parts: list[Place], device: torch.device) -> SparseTargets:

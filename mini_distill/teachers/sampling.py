@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 LEVELS = 256
 
@@ -47,13 +48,50 @@ def threshold_sample(probs: Tensor, k: int, generator: torch.Generator) -> Entri
         generator: Decides the shifts.
     """
     head = probs >= 1 / k
-    tail_cumulative = probs.masked_fill(head, 0.0).cumsum(-1, dtype=torch.float64)
-    tail_mass = tail_cumulative[:, -1]
-    tail_counts = torch.ceil(tail_mass * k * (1 - 1e-6) - 1e-9).long().clamp(max=k)  # the sum of float32 may be a little too much
+    places = head.nonzero()  # (entries, 2): position, token
+    counts = torch.bincount(places[:, 0], minlength=len(probs))
+    tail = _Cumulative(probs.masked_fill(head, 0.0))
+    tail_counts = torch.ceil(tail.total * k * (1 - 1e-6) - 1e-9).long().clamp(max=k)  # the sum of float32 may be a little too much
     shift = torch.rand(len(probs), generator=generator, dtype=torch.float64).to(probs.device)
     points, wanted = _equidistant(shift, tail_counts)
-    ids = torch.searchsorted(tail_cumulative, points * tail_mass[:, None], right=True).clamp(max=probs.shape[-1] - 1)
-    return Entries(head.sum(-1), head.nonzero()[:, 1], probs[head].float(), tail_counts, ids[wanted])
+    rows = torch.arange(len(probs), device=probs.device).repeat_interleave(tail_counts)
+    ids = tail.find(rows, points[wanted] * tail.total[rows])
+    return Entries(counts, places[:, 1], probs[places[:, 0], places[:, 1]].float(), tail_counts, ids)
+
+
+class _Cumulative:
+    """The cumulative sum of each row, found in two steps: over blocks of columns, then within one block.
+
+    So that nearly all of a row is only added up, which is several times quicker than a cumulative sum of all of it.
+
+    Args:
+        values: `(n, V)`, not negative.
+    """
+
+    BLOCK = 64
+
+    def __init__(self, values: Tensor) -> None:
+        padding = -values.shape[-1] % self.BLOCK
+        self.blocks = (pad(values, (0, padding)) if padding else values).unflatten(-1, (-1, self.BLOCK))  # (n, blocks, 64)
+        self.of_blocks = self.blocks.sum(-1).double()
+        self.up_to = self.of_blocks.cumsum(-1)
+        self.last = values.shape[-1] - 1
+
+    @property
+    def total(self) -> Tensor:
+        """`(n,)` float64."""
+        return self.up_to[:, -1]
+
+    def find(self, rows: Tensor, points: Tensor) -> Tensor:
+        """For each of some points, `(m,)`, the column of its row in which the cumulative sum passes it."""
+        up_to = self.up_to[rows]  # (m, blocks)
+        block = torch.searchsorted(up_to, points[:, None], right=True).clamp(max=up_to.shape[-1] - 1)[:, 0]
+        mass = self.of_blocks[rows, block]
+        inside = self.blocks[rows, block].double()  # (m, 64)
+        inside = inside / inside.sum(-1, keepdim=True).clamp(min=1e-300) * mass[:, None]
+        left = points - (self.up_to[rows, block] - mass)
+        passed = (inside.cumsum(-1) <= left[:, None]) | (inside == 0)  # what is impossible is never found
+        return (block * self.BLOCK + passed.long().argmin(-1)).clamp(max=self.last)  # the first that has not been passed
 
 
 def _equidistant(shift: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
