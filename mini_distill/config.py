@@ -32,6 +32,7 @@ EVALUATION_METRICS = (
     "eval/forward_kl",
     "eval/reverse_kl",
     "eval/top1_agreement",
+    "eval/tokens",
 )
 FINGERPRINTS = ("tokenizer", "global_batch_size")  # compared on resuming besides the settings; resume_allow takes them too
 

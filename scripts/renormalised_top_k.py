@@ -14,6 +14,6 @@ from torch.nn.functional import log_softmax
 def renormalised_top_k(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, *, k: int = 8) -> Tensor:
     """KL(p' ‖ q) with p' the teacher's k most likely tokens, renormalised: `(…, vocab)` -> `(…)`."""
     log_q = log_softmax(student_logits / temperature, dim=-1)
-    top, ids = (teacher_logits.detach() / temperature).topk(k, dim=-1)
+    top, ids = (teacher_logits.detach() / temperature).topk(min(k, teacher_logits.shape[-1]), dim=-1)
     log_p = log_softmax(top, dim=-1)
     return (log_p.exp() * (log_p - log_q.gather(-1, ids))).sum(dim=-1)

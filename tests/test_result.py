@@ -40,8 +40,8 @@ def test_student_never_writes_padding_columns_of_the_vocabulary(finished: Path) 
 def test_exported_weights_are_those_of_the_last_checkpoint(finished: Path) -> None:
     saved = load_file(finished / "checkpoints" / "step-00000006" / "model.safetensors")
     exported = AutoModelForCausalLM.from_pretrained(finished / "student").state_dict()
-    assert saved.keys() <= exported.keys()
-    assert all(torch.equal(exported[name], tensor) for name, tensor in saved.items())
+    assert saved.keys() <= {f"model.{name}" for name in exported}
+    assert all(torch.equal(exported[name.removeprefix("model.")], tensor) for name, tensor in saved.items())
 
 
 def test_summary_has_every_final_number(finished: Path) -> None:
@@ -116,7 +116,7 @@ def test_best_export_is_the_best_evaluation_and_the_summary_says_so(tiny_command
     assert summary["train/exported_step"] == best and summary["eval/student_perplexity"] == measured[best]
     saved = load_file(tmp_path / "run" / "checkpoints" / f"step-{best:08d}" / "model.safetensors")
     exported = load_file(tmp_path / "run" / "student" / "model.safetensors")
-    assert all(torch.equal(exported[name], saved[name]) for name in exported)
+    assert all(torch.equal(exported[name], saved[f"model.{name}"]) for name in exported)
     assert checkpoint_steps(tmp_path / "run") == [best, 6]
 
 

@@ -330,3 +330,29 @@ def test_tracker_changes_nothing_in_the_run(tiny_command: list[str], tmp_path: P
     run(tiny_command, tmp_path / "b")
     assert digest_run(tmp_path / "a") == digest_run(tmp_path / "b")
     assert all(math.isfinite(value) for value in losses(tmp_path / "a"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["objective=jsd", "objective.divergence_options.jsd_beta=2"], r"objective\.divergence_options: jsd refuses it .*jsd_beta: got 2"),
+        (["objective=jsd", "objective.divergence_options.jsd_beta=hello"], r"objective\.divergence_options: jsd refuses it"),
+        (["objective.terms.skew_reverse_kl.options.skew=1"], r"objective\.terms\.skew_reverse_kl\.options: .*skew: got 1"),
+        (["objective.divergence=torch.nn.functional.mse_loss"], r"objective\.divergence: .*mse_loss"),
+        (["objective.divergence=user_functions.parameter_sum"], r"objective\.divergence: .*parameter_sum refuses it"),
+    ],
+)
+def test_a_divergence_is_tried_out_before_anything_is_loaded(
+    tiny_command: list[str], tmp_path: Path, overrides: list[str], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        run([text for text in tiny_command if not text.startswith("teacher.path")], tmp_path / "run", "teacher.path=no/model", *overrides)
+
+
+def test_terms_and_schedules_are_optimised_as_logged(tiny_command: list[str], tmp_path: Path) -> None:
+    terms = ["objective.terms.total_variation.weight=2", "objective.schedules={ce: {1: 0, 5: 1}}"]
+    run(tiny_command, tmp_path / "run", *terms)
+    for row in rows(tmp_path / "run")[1:]:
+        weight = min(1.0, (row["step"] - 1) / 4)
+        expected = 0.5 * row["train/forward_kl"] + 2 * row["train/total_variation"] + 0.5 * weight * row["train/ce"]
+        assert row["train/loss"] == pytest.approx(expected, rel=1e-5)

@@ -23,7 +23,7 @@ def twice_forward_kl(student_logits: Tensor, teacher_logits: Tensor, temperature
 def nan_from_third_step(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """NaN for the last token of the third batch, and of any later one of a single row."""
     global calls
-    calls += student_logits.shape[-1] > 8  # not when it is tried out before the run
+    calls += student_logits.shape[-1] != 1024  # not when it is tried out before the run
     values = forward_kl(student_logits, teacher_logits, temperature)
     return torch.cat([values[:-1], values[-1:] * float("nan")]) if calls >= 3 else values
 
@@ -36,7 +36,7 @@ def parameter_sum(context: Any) -> dict[str, float]:
 def raises_on_rank_1(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """A bug that only one process meets, in its third step."""
     global calls
-    calls += student_logits.shape[-1] > 8  # not when it is tried out before the run
+    calls += student_logits.shape[-1] != 1024  # not when it is tried out before the run
     if os.environ.get("RANK") == "1" and calls >= 3:
         raise ValueError("a bug of the user's")
     return forward_kl(student_logits, teacher_logits, temperature)

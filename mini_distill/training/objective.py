@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ from ..losses.catalogue import matching_parameters
 from ..losses.objective import DivergenceTerm, Objective
 from ..models.head import LanguageModel
 from ..teachers.matching import Matching
+
+TRIAL_VOCABULARY = 1024
 
 
 def build_objective(config: ObjectiveConfig, trainer: TrainerConfig, on_gpu: bool) -> Objective:
@@ -74,7 +77,9 @@ def load_divergence(name: str, options: Mapping[str, Any], where: str, where_opt
         ConfigError: it cannot be imported, refuses its options, or does not give a number per token.
     """
     function = getattr(divergences, name) if "." not in name else _import(name, where)
-    student, teacher = torch.linspace(-1, 1, 16).view(2, 8).requires_grad_(), torch.linspace(1, -2, 16).view(2, 8)
+    size = (2, TRIAL_VOCABULARY)
+    student = torch.linspace(-1, 1, math.prod(size)).view(size).requires_grad_()
+    teacher = torch.linspace(1, -2, math.prod(size)).view(size)
     try:
         value = function(student, teacher, 1.0, **options)
     except Exception as error:  # whatever it raises, it would raise in the first step
@@ -83,7 +88,7 @@ def load_divergence(name: str, options: Mapping[str, Any], where: str, where_opt
     if not isinstance(value, Tensor) or value.shape != (2,):
         shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ConfigError(
-            where, f"{name} gives {shape} for logits of [2, 8], expected a value per token, [2]", "Sum over the last axis only."
+            where, f"{name} gives {shape} for logits of {list(size)}, expected a value per token, [2]", "Sum over the last axis only."
         )
     if not value.requires_grad:
         raise ConfigError(where, f"{name} gives values without a gradient to the student's logits", "Compute it from the student's logits.")
