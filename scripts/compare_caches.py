@@ -124,11 +124,16 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
         ]
         style = "-" if family == "threshold" else ""
         axes.errorbar([row["bytes"] for row in own], middle, spread, color=colour, marker=marker, ls=style, lw=1.2, capsize=2)
+        below = family in ("draws", "renormalised")  # neighbours of two families do not write over one another
         for row, height in zip(own, middle, strict=True):
-            axes.annotate(row["arm"], (row["bytes"], height), xytext=(6, -3), textcoords="offset points", fontsize=7, color=colour)
+            offset = {"xytext": (0, -14 if below else 7), "textcoords": "offset points", "ha": "center"}
+            axes.annotate(row["arm"], (row["bytes"], height), fontsize=7, color=colour, **offset)
     axes.axhline(100, color="black", lw=0.8, ls="--")
-    axes.axhline(0, color="black", lw=0.8, ls=":")
+    sizes = [row["bytes"] for row in rows if row["bytes"]]
+    axes.set(xlim=(min(sizes) / 1.4, max(sizes) * 1.4), ylim=(100 * min(row["low"] for row in rows if row["bytes"]) - 4, 104))
     axes.set(xscale="log", xlabel="bytes per token on disk", ylabel="kept of the gain over cross-entropy (%)", title=title)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
