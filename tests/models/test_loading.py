@@ -370,6 +370,9 @@ def test_a_repository_with_pickled_weights_only(
     def cached(_: str, filename: str, **__: Any) -> str | None:
         return str(folder / filename) if filename == "config.json" else None
 
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # the environment of the tests may say otherwise
     monkeypatch.setattr(transformers.utils.hub, "try_to_load_from_cache", cached)
     monkeypatch.setenv("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would ask a service on the hub for them
     hub_raises(answered(RemoteEntryNotFoundError, 404))
