@@ -14,6 +14,7 @@ To add one: write the function here and a YAML in configs/objective/. Its keywor
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,8 +39,8 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
     Returns:
         `(…)` float32, nats per token.
     """
-    log_q, log_p = _log_probabilities(student_logits, teacher_logits, temperature)
-    return _kl(log_p, log_q)
+    student, teacher = at_least_float32(student_logits), at_least_float32(teacher_logits.detach())
+    return _ForwardKL.apply(_softened(student, temperature), _softened(teacher, temperature))
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -281,9 +282,31 @@ def teacher_sample_ce(student_logits: Tensor, teacher_logits: Tensor, temperatur
 
 def _log_probabilities(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """(log q, log p) in float32, the teacher's cut off from the graph; finite, so that 0 · log 0 is 0 and has a gradient of 0."""
-    log_q = log_softmax(at_least_float32(student_logits) / temperature, dim=-1)
-    log_p = log_softmax(at_least_float32(teacher_logits.detach()) / temperature, dim=-1)
-    return log_q.clamp(min=LOWEST), log_p.clamp(min=LOWEST)
+    log_q = log_softmax(_softened(at_least_float32(student_logits), temperature), dim=-1)
+    log_p = log_softmax(_softened(at_least_float32(teacher_logits.detach()), temperature), dim=-1)
+    return log_q.clamp(min=LOWEST), log_p.clamp_(min=LOWEST)
+
+
+def _softened(logits: Tensor, temperature: float) -> Tensor:
+    """A division by 1 would cost as much as any other."""
+    return logits if temperature == 1 else logits / temperature
+
+
+class _ForwardKL(torch.autograd.Function):
+    """KL(p ‖ q) with its gradient in closed form, q − p: the most used one, with two thirds of the passes over memory."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
+        log_q = log_softmax(student, dim=-1).clamp_(min=LOWEST)
+        log_p = log_softmax(teacher, dim=-1).clamp_(min=LOWEST)
+        p = log_p.exp()
+        ctx.save_for_backward(log_q, p)
+        return log_p.sub_(log_q).mul_(p).sum(dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        log_q, p = ctx.saved_tensors
+        return log_q.exp().sub_(p).mul_(gradient.unsqueeze(-1)), None
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
