@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 
-from .config import CacheCommand, Config, build_config
+from .config import CacheCommand, Config, EvaluateCommand
+from .contract import build_config
 from .errors import ConfigError, MiniDistillError, Preempted
 from .overrides import missing_preset, prepare_overrides, run_name
 
@@ -57,9 +58,7 @@ def run_command(task: str, config_name: str = "train", schema: type = Config) ->
 def run_job(task: str, composed: DictConfig, schema: type = Config) -> int:
     """One job of a command line or of a sweep: its exit code. Our own bugs are 1, with their traceback."""
     try:
-        config = build_config(composed, schema)
-        if getattr(config, "output_dir", "") is None:
-            config.output_dir = f"runs/{run_name(_job_overrides())}"
+        config = _checked(composed, _job_overrides, schema)
         module, function = task.split(":")
         getattr(importlib.import_module(module), function)(config)
         return 0
@@ -84,10 +83,38 @@ def load_config(overrides: Sequence[str] = (), config_name: str = "train", schem
     overrides = prepare_overrides(overrides, [config_dir()])
     with _one_line_errors([config_dir()]), initialize_config_dir(str(config_dir()), version_base="1.3"):
         composed = compose(config_name, overrides)
+    return _checked(composed, lambda: list(overrides), schema)
+
+
+def _checked(composed: DictConfig, overrides: Callable[[], Sequence[str]], schema: type) -> Any:
+    """The configuration, complete, with a folder for what comes out."""
+    if schema is EvaluateCommand:
+        composed = with_settings_of_run(composed, overrides())
     config = build_config(composed, schema)
     if getattr(config, "output_dir", "") is None:
-        config.output_dir = f"runs/{run_name(overrides)}"
+        config.output_dir = f"{'runs' if schema is Config else 'evaluations'}/{run_name(overrides())}"
     return config
+
+
+def with_settings_of_run(composed: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Where `model` is the folder of a run: its teacher and data, unless the command line says otherwise, and its student.
+
+    Raises:
+        ConfigError: the run has no student yet.
+    """
+    run = Path(str(OmegaConf.select(composed, "model", throw_on_missing=False))).expanduser()
+    if not (run / "config.yaml").is_file():
+        return composed
+    if not (run / "student" / "config.json").is_file():
+        raise ConfigError("model", f"the run '{run}' has no student yet", "Run its command again to finish it.")
+    of_run: Any = OmegaConf.load(run / "config.yaml")
+    given = {re.split(r"[.=]", text.lstrip("+~"))[0] for text in overrides}
+    for group in {"teacher", "data"} - given:
+        composed[group] = of_run[group]
+    composed["model"] = str(run / "student")
+    if composed.get("output_dir") is None:
+        composed["output_dir"] = str(run / "evaluation")
+    return composed
 
 
 def report(error: MiniDistillError) -> int:
@@ -145,7 +172,7 @@ def _store_contract() -> None:
     """Every setting with its default, under the presets, so that --help and --cfg show them all."""
     from hydra.core.config_store import ConfigStore
 
-    for name, schema in (("contract", Config), ("cache_contract", CacheCommand)):
+    for name, schema in (("contract", Config), ("cache_contract", CacheCommand), ("evaluate_contract", EvaluateCommand)):
         ConfigStore.instance().store(name=name, node=OmegaConf.to_container(OmegaConf.structured(schema)))
 
 

@@ -1,32 +1,15 @@
-"""The configuration contract: one dataclass tree, filled by Hydra, checked here without importing torch.
-
-`configs/` holds the presets that people combine; this file says what may stand in them. `build_config` turns a composed
-configuration into plain dataclasses and reports *every* problem at once.
-"""
+"""The settings: one dataclass tree a verb, filled by Hydra from `configs/` and the command line, checked by `contract.py`."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
-import re
-from collections.abc import Iterator, Mapping
-from copy import deepcopy
 from dataclasses import dataclass, field
-from difflib import get_close_matches
-from functools import cache
 from typing import Any
-
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-
-from .errors import ConfigError, Problem
 
 TEACHER_KINDS = ("embedded", "hf", "server", "cached", "none")
 STUDENT_KINDS = ("scratch", "from_teacher", "hf")
 DATA_SOURCES = ("python_stdlib", "text", "jsonl", "hub", "mixture")
 CACHE_KINDS = ("sampled", "topk", "full", "hidden")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-UNKNOWN = "unknown setting"
 EVALUATION_METRICS = (
     *(f"eval/{model}_{what}" for model in ("student", "teacher") for what in ("perplexity", "nll", "bits_per_byte", "ece")),
     "eval/forward_kl",
@@ -135,7 +118,7 @@ class ObjectiveConfig:
     ce_weight: float = option(0.5, "Weight of the cross-entropy with the data's own next token", at_least=0)
     terms: dict[str, Any] = option({}, "Further terms: name -> {weight, kind, …}, see TermConfig; the kind is the name unless given")
     schedules: dict[str, Any] = option({}, "Term's name, or ce -> {step: factor on its weight}, linear between the steps given, constant outside")
-    logits_memory_mib: float | None = option(None, "Budget for the logits that exist at once, student's and teacher's; null: 128 on a CPU, 1024 on a GPU. Changes no result", above=0)
+    logits_memory_mib: float | None = option(None, "Budget for the logits that exist at once, student's and teacher's; null: 128 on a CPU, 1024 on a GPU. Changes results by rounding only; teacher_sample_ce draws otherwise", above=0)
 
 
 @dataclass
@@ -185,7 +168,7 @@ class CacheConfig:
     kind: str = option("sampled", "sampled: a few tokens that stand for all, unbiased; topk: the most likely, and the mass of the rest; full: all, in bfloat16; hidden: the input of the head, exact", choices=CACHE_KINDS)
     k: int = option(32, "sampled: one over the probability from which a token is always kept, or the number of draws; topk: tokens kept", at_least=1, at_most=255)
     sampling: str = option("threshold", "sampled: threshold (likely tokens exactly, the rest systematically), or draws (independent, with replacement)", choices=("threshold", "draws"))
-    proposal: float = option(1.0, "sampling=draws: draw from p^proposal, and correct by importance weights", above=0)
+    proposal: float = option(1.0, "sampling=draws: draw from p^proposal, and correct by importance weights, which stay bounded up to 1", above=0, at_most=1)
     tail: str = option("bucket", "topk: the tokens not kept are one outcome (bucket), or share their mass evenly (spread)", choices=("bucket", "spread"))
     temperature: float = option(1.0, "The temperature at which the targets are written; training has to use the same (any, for hidden)", above=0)
     batch_size: int = option(16, "Sequences that the teacher scores at a time; changes no target but by rounding", at_least=1)
@@ -207,6 +190,55 @@ class EvaluationConfig:
     sample_tokens: int = option(48, "Tokens generated for a sample", at_least=1)
     sampling_temperature: float = option(0.0, "0: greedy; above: sampled with the run's seed", at_least=0)
     hooks: list[str] = option([], "Import paths of functions hook(context) -> {metric: number}, called at every evaluation")
+
+
+@dataclass
+class FullEvaluationConfig:
+    """What `python -m mini_distill.evaluate` measures."""
+
+    max_batches: int | None = option(None, "Batches of held-out text; null: all of it", at_least=1)
+    batch_size: int = option(16, "Sequences read at a time", at_least=1)
+    top_k: int = option(5, "Size of the sets of most likely tokens whose overlap is measured", at_least=2)
+    group_by: str | None = option(None, "Column of the rows whose values the figures are split by too, such as a language or a domain")
+    num_differences: int = option(8, "Texts kept where the student is furthest from the teacher, token by token", at_least=0)
+    prompts: list[str] = option([], "Prompts of the generations; empty: beginnings of held-out rows")
+    num_samples: int = option(16, "Generations whose repetition and diversity are measured; the first are shown; 0: none", at_least=0)
+    sample_tokens: int = option(48, "Tokens of a generation", at_least=1)
+    sampling_temperature: float = option(0.0, "0: greedy; above: sampled with the seed", at_least=0)
+    pairs: dict[str, Any] = option({}, "Minimal pairs by likelihood: name -> {path, …} (JSONL or CSV), see PairsConfig; BLiMP and CrowS-Pairs as they come")
+    choices: dict[str, Any] = option({}, "Multiple choice by likelihood: name -> {path, …} (JSONL or CSV), see ChoicesConfig")
+    tasks: list[str] = option([], "Tasks of lm-evaluation-harness, by name or YAML file; needs the extra mini_distill[eval]")
+    task_limit: int | None = option(None, "Items used of each task, pairs or choices; null: all", at_least=1)
+    speed: bool = option(True, "Time reading and writing, teacher and student in turn, with their peak memory")
+    prompt_tokens: int = option(128, "Tokens of the prompt that is read when timing", at_least=1)
+    generation_tokens: int = option(32, "Tokens written when timing", at_least=2)
+    generation_batch_size: int = option(8, "Texts written at a time when timing, besides one alone", at_least=1)
+    price_per_hour: float | None = option(None, "What this machine costs an hour, in any currency: gives the cost of a million tokens", above=0)
+    watts: float | None = option(None, "What this machine draws while it works: gives an estimate of the energy of a million tokens", above=0)
+    hooks: list[str] = option([], "Import paths of functions hook(context) -> {metric: number}")
+
+
+@dataclass
+class PairsConfig:
+    """Sentences of which one should be likelier than the other. Columns left null are found by the names that BLiMP and CrowS-Pairs use."""
+
+    path: str | None = option(None, "File, folder or glob of JSONL, JSON, CSV or Parquet")
+    better_column: str | None = option(None, "The sentence that should be likelier; null: sentence_good, or sent_more of CrowS-Pairs")
+    worse_column: str | None = option(None, "The other one; null: sentence_bad, or sent_less")
+    group_column: str | None = option(None, "Figures are given for each value of it too; null: UID, or bias_type; a file's name without either")
+    kind: str = option("accuracy", "accuracy: share of pairs with the likelier better one; stereotype: the same share, of which half is no bias", choices=("accuracy", "stereotype"))
+
+
+@dataclass
+class ChoicesConfig:
+    """Questions with several answers, of which the likeliest is taken."""
+
+    path: str | None = option(None, "File, folder or glob of JSONL, JSON, CSV or Parquet")
+    question_column: str = option("question", "What is read before the answer")
+    choices_column: str = option("choices", "The answers, a list of texts")
+    answer_column: str = option("answer", "The right one: its index from 0, its letter from A, or its text")
+    group_column: str | None = option(None, "Figures are given for each value of it too")
+    normalise: str = option("characters", "Divide the log-likelihood of an answer by its characters (as acc_norm of lm-evaluation-harness) or by nothing (acc)", choices=("characters", "none"))
 
 
 @dataclass
@@ -232,6 +264,7 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     seed: int = option(0, "Decides weights, data order and dropout", at_least=0, below=2**32)
     output_dir: str | None = option(None, "Folder of the run; null: runs/<the overrides>, so that the same command finds its run again")
+    control: bool = option(False, "Then train the same student again without the teacher (same weights, order, steps, rates), and say how much of the gap was closed")
     resume: str = option("auto", "auto: go on from output_dir's newest good checkpoint; never: start anew, the old run is moved aside; or a checkpoint folder")
     resume_allow: list[str] = option([], "Settings that may differ from the run that is resumed, such as trainer.max_steps")
     debug: bool = option(False, "Show tracebacks of user errors too")
@@ -247,239 +280,19 @@ class CacheCommand:
     precision: str = option("auto", "Of the teacher's forward pass. bf16: autocast; fp32; auto: bf16 on an accelerator that has it", choices=("auto", "fp32", "bf16"))
     num_threads: int | None = option(None, "CPU threads of torch; null: torch's choice", at_least=1)
     debug: bool = option(False, "Show tracebacks of user errors too")
-# fmt: on
-
-
-# --------------------------------------------------------------------------------------------- from Hydra's tree to dataclasses
-
-
-def build_config(composed: Mapping[str, Any] | DictConfig, schema: type = Config) -> Any:
-    """The composed configuration as plain dataclasses, every value checked.
-
-    Raises:
-        ConfigError: with one `Problem` per unknown key, wrong type, value out of range or impossible combination, all together.
-    """
-    from .relations import check_cache_command, check_relations
-
-    plain: Any = _resolved(composed) if isinstance(composed, DictConfig) else composed
-    tree = deepcopy(_typed_tree(schema))
-    problems = list(_merge(tree, plain, schema, prefix=""))
-    config: Any = _resolved(tree)
-    wrong = {problem.where for problem in problems}
-    problems += [problem for problem in _check_ranges(config, prefix="") if problem.where not in wrong]
-    if schema in (Config, CacheCommand) and all(problem.what == UNKNOWN for problem in problems):  # relations need good values
-        problems += check_relations(config) if schema is Config else check_cache_command(config)
-    if problems:
-        raise ConfigError.from_problems(problems)
-    return config
-
-
-@cache
-def _typed_tree(schema: type) -> DictConfig:
-    """Made once: it takes OmegaConf longer than all the rest."""
-    return OmegaConf.structured(schema)
-
-
-def _resolved(tree: DictConfig) -> Any:
-    """`tree` as plain objects, its `${…}` followed."""
-    try:
-        return OmegaConf.to_object(tree)
-    except OmegaConfBaseException as error:
-        what = re.sub(r"^\w+ raised while resolving interpolation: ", "", str(error).split("\n")[0]).strip('"')
-        missing = isinstance(error, MissingMandatoryValue)
-        remedy = "Give a value in place of '???'." if missing else "${…} takes the full path of another setting, or oc.env:NAME."
-        raise ConfigError(error.full_key or "configuration", "missing" if missing else what, remedy) from error
-
-
-def known_keys(schema: type = Config, prefix: str = "") -> list[str]:
-    """Every full path of the contract: `trainer.max_steps`, …"""
-    keys: list[str] = []
-    for f in dataclasses.fields(schema):
-        keys.append(prefix + f.name)
-        if f.default_factory is not dataclasses.MISSING and dataclasses.is_dataclass(f.default_factory):
-            keys += known_keys(f.default_factory, prefix + f.name + ".")
-    return keys
-
-
-def did_you_mean(word: str, known: list[str]) -> str:
-    """`Did you mean 'x'?`, or the empty string when nothing is near. Siblings come first, then the same name elsewhere."""
-    if len(word) > 100:
-        return ""
-    group, _, name = word.rpartition(".")
-    siblings = [key for key in known if key.rpartition(".")[0] == group]
-    by_path = {key: key for key in known}
-    for wanted, keys, cutoff in ((name, _by_name(siblings), 0.7), (name, _by_name(known), 0.7), (word, by_path, 0.85)):
-        if near := get_close_matches(wanted, list(keys), n=1, cutoff=cutoff):
-            return f"Did you mean '{keys[near[0]]}'?"
-    return ""
-
-
-def _by_name(keys: list[str]) -> dict[str, str]:
-    return {key.rpartition(".")[2]: key for key in reversed(keys)}
-
-
-def _merge(tree: DictConfig, values: Mapping[str, Any], schema: type, prefix: str) -> Iterator[Problem]:
-    """Write `values` into the typed `tree`, leaf by leaf, so that one bad value does not hide the next."""
-    by_name = {f.name: f for f in dataclasses.fields(schema)}
-    for name, value in values.items():
-        where = prefix + str(name)
-        if name not in by_name:
-            yield Problem(where, UNKNOWN, _unknown_remedy(where, value, list(by_name)))
-            continue
-        nested = by_name[name].default_factory
-        if nested is dataclasses.MISSING or not dataclasses.is_dataclass(nested):
-            yield from _write(tree, by_name[name], value, where)
-        elif isinstance(value, Mapping):
-            yield from _merge(tree[name], value, nested, where + ".")
-        else:
-            yield Problem(where, f"got {shown(value)}, expected a group of settings", f"Set {where}.<name>=… or choose a preset.")
-
-
-def _write(tree: DictConfig, setting: dataclasses.Field[Any], value: Any, where: str) -> Iterator[Problem]:
-    expected, remedy = _type_name(setting.type), setting.metadata["help"] + "."
-    if value == "???":  # OmegaConf's sign for what someone has to give
-        yield Problem(where, f"missing, expected {expected}", remedy)
-    elif _was_text(value, setting.type):
-        yield Problem(where, f"got {shown(value)}, expected {expected}", f"Quote a text that reads as something else: '{where}=\"…\"'.")
-    else:
-        try:
-            tree[setting.name] = value
-        except OmegaConfBaseException:
-            yield Problem(where, f"got {shown(value)}, expected {expected}", remedy)
-
-
-def _unknown_remedy(where: str, value: Any, known_here: list[str]) -> str:
-    if near := did_you_mean(where, known_keys()):
-        return near
-    if isinstance(value, Mapping) and "." not in where:
-        return "A preset of your own that sets several groups begins with the line '# @package _global_'."
-    return f"Known here: {', '.join(known_here)}."
-
-
-def _was_text(value: Any, annotation: Any) -> bool:
-    """Whether a text was meant and something else was read: the commit 5e12 is a number to YAML and to Hydra, and `on` is true."""
-    return isinstance(value, bool | float) and "str" in _parts(annotation)
-
-
-def shown(value: Any) -> str:
-    """As the user would have written it, shortened to fit in a line."""
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    text = repr(value)
-    return text if len(text) <= 120 else f"{text[:80]}…{text[-20:]}"
-
-
-def _parts(annotation: Any) -> list[str]:
-    """`int | None` -> ["int", "None"]. Annotations are texts here: `from __future__ import annotations`."""
-    return [part.strip() for part in str(annotation).split("|")]
-
-
-def _type_name(annotation: Any) -> str:
-    words = {"int": "a whole number", "float": "a number", "str": "a text", "bool": "true or false", "None": "null"}
-    words |= {"list[str]": "a list of texts, such as [a,b]", "dict[str, Any]": "a mapping, such as {name: value}"}
-    words |= {"dict[Any, Any]": "a mapping, such as {0: 3}"}
-    return " or ".join(words[part] for part in _parts(annotation))
-
-
-def _check_ranges(config: Any, prefix: str) -> Iterator[Problem]:
-    for f in dataclasses.fields(config):
-        value, limits, where = getattr(config, f.name), f.metadata, prefix + f.name
-        if dataclasses.is_dataclass(value):
-            yield from _check_ranges(value, where + ".")
-        elif any(isinstance(text, str) and not text.strip() for text in (value if isinstance(value, list) else [value])):
-            yield Problem(where, "got an empty text", "Give a value, or null for none." if "None" in _parts(f.type) else "")
-        elif isinstance(value, str) and "\0" in value:
-            yield Problem(where, "got a text with a NUL character")
-        elif isinstance(value, float) and not math.isfinite(value):
-            yield Problem(where, f"got {value}, expected a finite number")
-        elif isinstance(value, int) and abs(value) >= 2**63:
-            yield Problem(where, f"got {value}, expected a number of at most 64 bits")
-        elif value is not None:
-            yield from _check_limits(where, value, limits)
-
-
-def _check_limits(where: str, value: Any, limits: Mapping[str, Any]) -> Iterator[Problem]:
-    if limits.get("importable") and "." in value:
-        if not all(part.isidentifier() for part in value.split(".")):
-            yield Problem(where, f"got {shown(value)}, expected an import path such as my_package.my_module.name")
-    elif "choices" in limits and value not in limits["choices"]:
-        also = " or an import path" if limits.get("importable") else ""
-        yield Problem(
-            where, f"got {shown(value)}, expected one of {', '.join(limits['choices'])}{also}", did_you_mean(value, list(limits["choices"]))
-        )
-    for name, words, holds in (
-        ("at_least", "at least", lambda limit: value >= limit),
-        ("above", "above", lambda limit: value > limit),
-        ("at_most", "at most", lambda limit: value <= limit),
-        ("below", "below", lambda limit: value < limit),
-    ):
-        if name in limits and not holds(limits[name]):
-            yield Problem(where, f"got {value}, expected {words} {limits[name]}")
-
-
-# -------------------------------------------------------------------------------------------- groups within a mapping of names
-
-
-SETTINGS_OF_FORM = (
-    "chat_template",
-    "add_bos",
-    "seq_len",
-    "packing",
-    "on_long_row",
-    "on_bad_row",
-    "eval_fraction",
-    "cache_dir",
-    "num_workers",
-)
 
 
 @dataclass
-class TermOnly:
-    """A term by itself."""
+class EvaluateCommand:
+    """Everything `python -m mini_distill.evaluate` can be told."""
 
-    term: TermConfig = field(default_factory=TermConfig)
-
-
-def objective_terms(objective: ObjectiveConfig) -> dict[str, TermConfig]:
-    """The further terms of an objective, each complete.
-
-    Raises:
-        ConfigError: with every problem in any of them.
-    """
-    terms, problems = {}, []
-    for name, values in objective.terms.items():
-        where = f"objective.terms.{name}"
-        if not isinstance(values, Mapping):
-            problems.append(Problem(where, f"got {shown(values)}, expected a mapping", "Give {weight: …, kind: …}."))
-            continue
-        try:
-            term: TermConfig = build_config({"term": values}, TermOnly).term
-        except ConfigError as error:
-            problems += [
-                Problem(where + p.where.removeprefix("term"), p.what, p.remedy.replace("'term.", f"'{where}.")) for p in error.problems
-            ]
-            continue
-        terms[name] = dataclasses.replace(term, kind=term.kind or name, temperature=term.temperature or objective.temperature)
-    if problems:
-        raise ConfigError.from_problems(problems)
-    return terms
-
-
-@dataclass
-class DataOnly:
-    """A data group by itself, as the parts of a mixture are."""
-
+    model: str | None = option(None, "The model: a folder or hub id; or the folder of a run, whose student, teacher and data are taken where not given")
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     data: DataConfig = field(default_factory=DataConfig)
-
-
-def mixture_parts(data: DataConfig) -> dict[str, tuple[DataConfig, float]]:
-    """The parts of a mixture: name -> (its own complete settings, its weight).
-
-    A part takes seq_len, packing, chat_template and the other settings of form from the mixture unless it names its own.
-    """
-    shared = {name: getattr(data, name) for name in SETTINGS_OF_FORM}
-    parts = {}
-    for name, values in data.mixture.items():
-        own = {key: value for key, value in values.items() if key != "weight"}
-        parts[name] = (build_config({"data": {**shared, **own}}, DataOnly).data, float(values.get("weight", 1.0)))
-    return parts
+    evaluation: FullEvaluationConfig = field(default_factory=FullEvaluationConfig)
+    seed: int = option(0, "Decides what is sampled", at_least=0, below=2**32)
+    output_dir: str | None = option(None, "Folder of the figures; null: <the run's folder>/evaluation, or evaluations/<the overrides>")
+    precision: str = option("auto", "bf16: autocast; fp32; auto: bf16 on an accelerator that has it", choices=("auto", "fp32", "bf16"))
+    num_threads: int | None = option(None, "CPU threads of torch; null: torch's choice", at_least=1)
+    debug: bool = option(False, "Show tracebacks of user errors too")
+# fmt: on

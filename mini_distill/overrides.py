@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .config import Config, did_you_mean
+from .config import Config
+from .contract import did_you_mean
 from .errors import ConfigError, Problem
 
 if TYPE_CHECKING:

@@ -7,27 +7,26 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from .config import (
     EVALUATION_METRICS,
     FINGERPRINTS,
     CacheCommand,
     CacheConfig,
+    ChoicesConfig,
     Config,
     DataConfig,
-    DataOnly,
+    EvaluateCommand,
+    PairsConfig,
     StudentConfig,
     TeacherConfig,
     TermConfig,
-    build_config,
-    did_you_mean,
-    known_keys,
-    objective_terms,
-    shown,
 )
+from .contract import DataOnly, build_config, did_you_mean, known_keys, named_groups, objective_terms, shown
 from .errors import ConfigError, Problem
 from .losses.catalogue import divergence_parameters, matching_parameters
 
@@ -51,6 +50,29 @@ def check_cache_command(command: CacheCommand) -> list[Problem]:
         *check_data(command.data, "data"),
         *_check_cache(command),
     ]
+
+
+def check_evaluate_command(command: EvaluateCommand) -> list[Problem]:
+    """The same for `python -m mini_distill.evaluate`."""
+    problems = [*_check_server(command.teacher), *check_data(command.data, "data")]
+    if command.teacher.kind != "none":
+        problems += _check_model("teacher", command.teacher)
+    if command.model is None:
+        problems.append(Problem("model", "missing", "Give the folder of a model or of a run, or a hub id."))
+    else:
+        problems += check_local_path("model", command.model)
+    if command.teacher.kind == "cached" or command.teacher.cache_dir:
+        problems.append(Problem("teacher", "a cache cannot be asked for new text", "Give the live teacher, or teacher=none."))
+    for name, schema in (("pairs", PairsConfig), ("choices", ChoicesConfig)):
+        try:
+            groups = named_groups(getattr(command.evaluation, name), schema, f"evaluation.{name}")
+        except ConfigError as error:
+            problems += error.problems
+            continue
+        problems += [
+            Problem(f"evaluation.{name}.{key}.path", "missing", "Give a file.") for key, group in groups.items() if group.path is None
+        ]
+    return problems
 
 
 def _check_cache(command: CacheCommand) -> Iterator[Problem]:
@@ -429,3 +451,11 @@ def _check_trainer(config: Config) -> Iterator[Problem]:
     for key in config.resume_allow:
         if key not in keys:
             yield Problem("resume_allow", f"unknown setting {shown(key)}", did_you_mean(key, keys))
+
+
+RELATIONS: dict[type, Callable[[Any], list[Problem]]] = {
+    Config: check_relations,
+    CacheCommand: check_cache_command,
+    EvaluateCommand: check_evaluate_command,
+}
+"""What is checked of the settings of each verb."""

@@ -12,7 +12,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from mini_distill.cli import config_dir, load_config
-from mini_distill.config import Config, DataConfig, build_config, did_you_mean, known_keys, mixture_parts
+from mini_distill.config import Config, DataConfig
+from mini_distill.contract import build_config, did_you_mean, known_keys, mixture_parts
 from mini_distill.errors import ConfigError, Problem
 
 NEEDED = {

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mini_distill.config import build_config
+from mini_distill.contract import build_config
 from mini_distill.errors import ConfigError
 
 SCRATCH = {"kind": "scratch", "hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 64}

@@ -17,14 +17,15 @@ FOUNDATION = {"errors", "storage", "folder_lock", "processes", "redaction"}
 
 MAY_IMPORT = {
     "losses": set(),
-    "config": {"relations"},
-    "relations": {"config", "losses.catalogue"},  # the names of the divergences, read without importing them
-    "data": {"losses", "config"},
+    "config": set(),
+    "contract": {"config", "relations"},
+    "relations": {"config", "contract", "losses.catalogue"},  # the names of the divergences, read without importing them
+    "data": {"losses", "config", "contract"},
     "models": {"losses", "config", "data"},
     "teachers": {"losses", "config", "data", "models"},
     "students": {"losses", "config", "data", "models"},
-    "training": {"losses", "config", "data", "models", "teachers", "students"},
-    "evaluation": {"losses", "config", "data", "models", "teachers", "students"},
+    "training": {"losses", "config", "contract", "data", "models", "teachers", "students"},
+    "evaluation": {"losses", "config", "contract", "data", "models", "teachers", "students"},
 }
 
 

@@ -12,7 +12,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ..config import DataConfig, did_you_mean
+from ..config import DataConfig
+from ..contract import did_you_mean
 from ..errors import DataError
 from .row import Rendered, Row, RowError
 from .text_tokens import TextTokens, bytes_by_offsets, control_ids

@@ -18,7 +18,8 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..config import DataConfig, mixture_parts
+from ..config import DataConfig
+from ..contract import mixture_parts
 from ..errors import DataError
 from ..storage import atomic_folder, remove_stale_temporaries, storage_errors, verify_folder
 from .held_out import HELD_OUT, OVERLAP, TRAIN, SidedRow, split_rows

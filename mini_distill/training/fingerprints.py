@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..config import known_keys
+from ..contract import known_keys
 from ..errors import ConfigError, Problem
 
 HARMLESS = (

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..config import ObjectiveConfig, TrainerConfig, objective_terms
+from ..config import ObjectiveConfig, TrainerConfig
+from ..contract import objective_terms
 from ..errors import ConfigError
 from ..losses import divergences
 from ..losses.catalogue import matching_parameters

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from mini_distill.config import DataConfig, build_config
+from mini_distill.config import DataConfig
+from mini_distill.contract import build_config
 from mini_distill.data.row import Row, RowError
 from mini_distill.data.sources import checked_rows, columns_of, find_files, open_source
 from mini_distill.errors import ConfigError, DataError

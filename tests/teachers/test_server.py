@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mini_distill.cli import load_config, report
-from mini_distill.config import build_config
+from mini_distill.contract import build_config
 from mini_distill.data.batch import Batch
 from mini_distill.errors import CacheError, ConfigError, ModelError
 from mini_distill.losses.divergences import forward_kl

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from mini_distill.config import Config, known_keys
+from mini_distill.config import Config
+from mini_distill.contract import known_keys
 from mini_distill.errors import ConfigError
 from mini_distill.training.fingerprints import HARMLESS, compare_fingerprints
 
