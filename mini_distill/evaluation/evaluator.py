@@ -15,21 +15,16 @@ from transformers import PreTrainedModel
 
 from ..config import EvaluationConfig
 from ..data.batch import Batch
-from ..data.tokenizers import vocabulary_size
 from ..errors import DataError
 from ..losses.linear import TeacherRows
-from ..losses.reduction import loss_mask, supervised_targets
 from ..models.head import LanguageModel
 from ..teachers.cached import CachedTeacher
 from ..teachers.server import ServerTeacher
 from .hooks import EvaluationContext, load_hooks, run_hooks
 from .isolation import without_side_effects
 from .language_model import Sums, add, measure, measure_cached, metrics, nothing, nothing_cached, over_all_processes
+from .logit_chunks import logit_chunks, real_vocabulary
 from .samples import Sample, side_by_side
-
-MAX_CHUNK_TOKENS = 1024
-MAX_CHUNK_LOGITS = 2**24
-"""Logits that exist at once for each model: 64 MB in float32, so 1024 tokens of a vocabulary of 16k and 128 of one of 128k."""
 
 
 class Evaluator:
@@ -112,42 +107,24 @@ class Evaluator:
         return total
 
     def _measure(self, student: LanguageModel, teacher: LanguageModel | None, batch: Batch) -> Iterator[Sums]:
-        """The sums of a batch, a bounded number of supervised positions at a time.
-
-        Each trunk runs once; the heads run chunk by chunk, so that no tensor of tokens × vocabulary outlives its chunk.
-        """
-        vocab = self._real_vocab(student, teacher)
-        size = max(1, min(MAX_CHUNK_TOKENS, MAX_CHUNK_LOGITS // vocab))
-        # position t predicts token t + 1, so the bytes that count are those of token t + 1
-        num_bytes = batch.num_bytes.roll(-1, dims=1)[loss_mask(batch.labels)].split(size)
-        targets = supervised_targets(batch.labels).split(size)
-        student_hidden = student.hidden(batch).split(size)
-        teacher_hidden = () if teacher is None else teacher.hidden(batch.to(_device(teacher))).split(size)
+        """The sums of a batch, a bounded number of supervised positions at a time."""
+        vocab = real_vocabulary(self.tokenizer, student, teacher)
         cached: TeacherRows | None = None if self.cached is None else self.cached(batch)
         about_teacher = None if self.cached is None else self.cached.about_teacher(batch)
-        for i, hidden in enumerate(student_hidden):
-            student_logits = student.head.logits(hidden)[:, :vocab]
-            rows = slice(i * size, i * size + len(hidden))
+        for chunk in logit_chunks(student, teacher, batch, vocab):
             if about_teacher is not None:
                 assert cached is not None
-                about = {name: values[rows] for name, values in about_teacher.items()}
-                yield measure_cached(student_logits, cached.rows(rows, vocab), about, targets[i], num_bytes[i])
+                about = {name: values[chunk.rows] for name, values in about_teacher.items()}
+                yield measure_cached(chunk.student_logits, cached.rows(chunk.rows, vocab), about, chunk.targets, chunk.num_bytes)
                 continue
-            teacher_logits = None if teacher is None else teacher.head.logits(teacher_hidden[i])[:, :vocab].to(self.device)
-            if cached is not None:
-                teacher_logits = cached.rows(rows, vocab)
-            yield measure(student_logits, teacher_logits, targets[i], num_bytes[i])
+            teacher_logits = chunk.teacher_logits if cached is None else cached.rows(chunk.rows, vocab)
+            yield measure(chunk.student_logits, teacher_logits, chunk.targets, chunk.num_bytes)
 
     def _nothing(self) -> Sums:
         """The sums over no token at all, in the layout that every process shares."""
         if self.cached is not None and not self.cached.is_dense:
             return nothing_cached(self.cached.nothing(), self.device)
         return nothing(self.teacher is not None or self.cached is not None, self.device)
-
-    def _real_vocab(self, *models: LanguageModel | None) -> int:
-        """Columns of the logits that are tokens for everybody: the rest pads an embedding to a round size."""
-        sizes = [model.model.config.get_text_config().vocab_size for model in models if model is not None]
-        return min(vocabulary_size(self.tokenizer), *sizes)
 
     def _progress(self, batches: Iterable[Batch]) -> Iterable[Batch]:
         return tqdm(
@@ -161,7 +138,3 @@ class Evaluator:
 
     def _context(self, student: PreTrainedModel, step: int) -> EvaluationContext:
         return EvaluationContext(student, self.teacher, self.tokenizer, step, self.batches, self.device, self.output_dir, self.gather_sum)
-
-
-def _device(model: LanguageModel) -> torch.device:
-    return next(model.parameters()).device

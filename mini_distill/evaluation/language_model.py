@@ -36,22 +36,39 @@ def measure(student_logits: Tensor, teacher_logits: Tensor | None, targets: Tens
         `tokens`, `bytes` and, for each model, `*_nll` (nats) and `*_calibration`; with a teacher also `forward_kl` =
         KL(teacher‖student), `reverse_kl` = KL(student‖teacher), both in nats, and `top1_agreement` (tokens).
     """
+    return totals(per_token(student_logits, teacher_logits, targets), num_bytes)
+
+
+def per_token(student_logits: Tensor, teacher_logits: Tensor | None, targets: Tensor) -> dict[str, Tensor]:
+    """What `measure` sums, token by token: each `(tokens,)`, in float64 but for the ids.
+
+    Returns:
+        For each model `*_nll` (nats), `*_confidence` (probability of its most probable token), `*_top` (that token's id), `*_correct`
+        (whether it is the target); with a teacher also `teacher_entropy`, `forward_kl`, `reverse_kl` (nats) and `top1_agreement`.
+    """
     student = student_logits.float().log_softmax(-1)
-    sums = {
-        "tokens": torch.tensor(float(len(targets)), dtype=torch.float64, device=_wide(targets).device),
-        "bytes": _wide(num_bytes).sum(),
-        **_measure_one("student", student, targets),
-    }
+    values = _of_one("student", student, targets)
     if teacher_logits is None:
-        return sums
+        return values
     teacher = teacher_logits.float().log_softmax(-1)
-    return {
-        **sums,
-        **_measure_one("teacher", teacher, targets),
-        "forward_kl": _wide(_kl(teacher, student)).sum(),
-        "reverse_kl": _wide(_kl(student, teacher)).sum(),
-        "top1_agreement": _wide(student.argmax(-1) == teacher.argmax(-1)).sum(),
+    values |= _of_one("teacher", teacher, targets)
+    return values | {
+        "teacher_entropy": -_wide(torch.where(teacher == -math.inf, 0.0, teacher.exp() * teacher).sum(-1)),
+        "forward_kl": _wide(_kl(teacher, student)),
+        "reverse_kl": _wide(_kl(student, teacher)),
+        "top1_agreement": _wide(values["student_top"] == values["teacher_top"]),
     }
+
+
+def totals(values: dict[str, Tensor], num_bytes: Tensor) -> Sums:
+    """The sums of what `per_token` gives."""
+    nll = values["student_nll"]
+    sums = {"tokens": torch.tensor(float(len(nll)), dtype=torch.float64, device=nll.device), "bytes": _wide(num_bytes).sum()}
+    for name in ("student", "teacher"):
+        if f"{name}_nll" in values:
+            sums[f"{name}_nll"] = values[f"{name}_nll"].sum()
+            sums[f"{name}_calibration"] = calibration_gaps(values[f"{name}_confidence"], values[f"{name}_correct"])
+    return sums | {name: values[name].sum() for name in ("forward_kl", "reverse_kl", "top1_agreement") if name in values}
 
 
 def measure_cached(student_logits: Tensor, rows: SparseRows, about_teacher: dict[str, Tensor], targets: Tensor, num_bytes: Tensor) -> Sums:
@@ -80,11 +97,11 @@ def measure_cached(student_logits: Tensor, rows: SparseRows, about_teacher: dict
     return sums
 
 
-def _measure_one(name: str, log_probs: Tensor, targets: Tensor) -> Sums:
+def _of_one(name: str, log_probs: Tensor, targets: Tensor) -> dict[str, Tensor]:
     nll = -log_probs.gather(-1, targets[:, None])[:, 0]  # (tokens,)
-    top_log_prob, top_token = log_probs.max(-1)
-    gaps = calibration_gaps(_wide(top_log_prob).exp(), _wide(top_token == targets))
-    return {f"{name}_nll": _wide(nll).sum(), f"{name}_calibration": gaps}
+    top_log_prob, top = log_probs.max(-1)
+    confidence, correct = _wide(top_log_prob).exp(), _wide(top == targets)
+    return {f"{name}_nll": _wide(nll), f"{name}_confidence": confidence, f"{name}_top": top, f"{name}_correct": correct}
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:

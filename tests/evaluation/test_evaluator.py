@@ -13,7 +13,7 @@ import torch
 
 from mini_distill.data.batch import Batch
 from mini_distill.errors import ConfigError, DataError
-from mini_distill.evaluation import evaluator as evaluator_module
+from mini_distill.evaluation import logit_chunks
 from mini_distill.evaluation.evaluator import Evaluator
 
 MakeEvaluator = Callable[..., Evaluator]
@@ -120,14 +120,14 @@ def test_held_out_text_with_nothing_supervised_is_an_error(make_evaluator: MakeE
 def test_small_chunks_give_the_same_numbers(make_evaluator: MakeEvaluator, tiny_llama: Any, batches: list[Batch], monkeypatch: Any) -> None:
     student, teacher = tiny_llama(seed=0), tiny_llama(seed=1)
     expected = make_evaluator(batches, teacher)(student, step=0)
-    monkeypatch.setattr(evaluator_module, "MAX_CHUNK_TOKENS", 5)
+    monkeypatch.setattr(logit_chunks, "MAX_CHUNK_TOKENS", 5)
     assert make_evaluator(batches, teacher)(student, step=0) == pytest.approx(expected, rel=1e-6)
 
 
 def test_no_more_logits_than_a_chunk_exist_at_once(
     make_evaluator: MakeEvaluator, tiny_llama: Any, batches: list[Batch], monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(evaluator_module, "MAX_CHUNK_LOGITS", 62 * 4)
+    monkeypatch.setattr(logit_chunks, "MAX_CHUNK_LOGITS", 62 * 4)
     student, seen = tiny_llama(seed=0), []
     student.lm_head.register_forward_hook(lambda module, arguments, logits: seen.append(logits.shape[0]))
     make_evaluator(batches)(student, step=0)
