@@ -94,7 +94,7 @@ def build(config: CacheCommand) -> dict[str, Any]:
 
 
 def verify(config: CacheCommand) -> dict[str, float]:
-    """Score a random sample again with the live teacher, and compare it with what the cache gives.
+    """Score a random sample of each side again with the live teacher, and compare it with what the cache gives.
 
     Returns:
         `verify/mean_kl` and `verify/worst_kl` in nats per token: of the live teacher from the cached distribution (full, hidden), from
@@ -107,12 +107,15 @@ def verify(config: CacheCommand) -> dict[str, float]:
     with StopRequest() as stop:
         accelerator = start_processes(config.precision, config.num_threads)
         builder, wanted, _ = _prepare(config, accelerator, stop)
-        cached = CachedTeacher(folder, wanted)
-        stream = builder.streams["train"]
-        numbers = np.random.default_rng(config.cache.seed).permutation(len(stream))[: config.cache.num_verify].tolist()
-        differences = torch.cat([_differences(builder, cached, stream, number) for number in numbers])
+        differences, sequences = torch.zeros(0), 0
+        for side, stream in builder.streams.items():
+            cached = CachedTeacher(folder, wanted, side)
+            numbers = np.random.default_rng(config.cache.seed).permutation(len(stream))[: config.cache.num_verify].tolist()
+            temperature = 1.0 if side == "held_out" else config.cache.temperature  # the evaluation's is always 1
+            differences = torch.cat([differences, *(_differences(builder, cached, stream, number, temperature) for number in numbers)])
+            sequences += len(numbers)
     found = {
-        "verify/sequences": float(len(numbers)),
+        "verify/sequences": float(sequences),
         "verify/tokens": float(len(differences)),
         "verify/mean_kl": differences.mean().item(),
         "verify/worst_kl": differences.abs().max().item(),
@@ -161,7 +164,9 @@ def _prepare(config: CacheCommand, accelerator: Accelerator, stop: StopRequest) 
     with accelerator.main_process_first():
         data = prepare_data(config.data, tokenizer, show_progress=accelerator.is_main_process)
     streams: dict[str, Stream] = {"train": data.train} | ({"held_out": data.held_out} if data.held_out is not None else {})
-    wanted = identity(config.cache, data=data.fingerprint_parts, tokenizer=tokenizer_fingerprint(tokenizer), **who)
+    wanted = identity(
+        config.cache, data=data.fingerprint_parts, tokenizer=tokenizer_fingerprint(tokenizer), precision=accelerator.mixed_precision, **who
+    )
     builder = CacheBuilder(
         _folder(config),
         config.cache,
@@ -246,13 +251,13 @@ def _bytes_on_disk(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def _differences(builder: CacheBuilder, cached: CachedTeacher, stream: Stream, number: int) -> Tensor:
+def _differences(builder: CacheBuilder, cached: CachedTeacher, stream: Stream, number: int, temperature: float) -> Tensor:
     """How far the live teacher is from what was written of one sequence, per token, in nats."""
     batch = stream.batch([number]).to(builder.teacher.device)
     with torch.no_grad(), builder.autocast():
         live: TeacherRows = builder.teacher(batch)
         tokens = int(loss_mask(batch.labels).sum())
-        logits, temperature = live.rows(slice(0, tokens), builder.vocab_size), builder.config.temperature
+        logits = live.rows(slice(0, tokens), builder.vocab_size)
         rows = cached(batch).rows(slice(0, tokens), builder.vocab_size)
         if isinstance(logits, TopKRows):  # of a server, of which the cache lists no more
             logits = _spread(logits, builder.vocab_size)

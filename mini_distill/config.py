@@ -174,7 +174,7 @@ class CacheConfig:
     batch_size: int = option(16, "Sequences that the teacher scores at a time; changes no target but by rounding", at_least=1)
     shard_sequences: int | None = option(None, "Sequences of a shard: what is made again when it is damaged or interrupted; null: about 64 MB", at_least=1)
     seed: int = option(0, "Decides what is drawn", at_least=0, below=2**32)
-    num_verify: int = option(32, "cache verify: sequences scored again", at_least=1)
+    num_verify: int = option(32, "cache verify: sequences of each side scored again", at_least=1)
 
 
 @dataclass

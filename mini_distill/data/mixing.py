@@ -26,7 +26,7 @@ class Mixture:
     """
 
     def __init__(self, parts: Mapping[str, Stream], weights: Mapping[str, float]) -> None:
-        self.parts: list[Stream] = list(parts.values())
+        self.names, self.parts = list(parts), list[Stream](parts.values())
         shares = np.array([weights[name] for name in parts], dtype=np.float64)
         self.shares = shares / shares.sum()
         self.first = np.concatenate([[0], np.cumsum([len(part) for part in self.parts])]).tolist()  # numbers stay unique
@@ -65,6 +65,10 @@ class Mixture:
         """Where the documents of a sequence stand in their source."""
         part, number = self._locate(index)
         return part.origins(number)
+
+    def part_of(self, index: int) -> str:
+        """The name of the part that a sequence belongs to."""
+        return self.names[bisect_right(self.first, index) - 1]
 
     def _locate(self, index: int) -> tuple[Stream, int]:
         part = bisect_right(self.first, index) - 1

@@ -97,6 +97,22 @@ def training_rows(config: DataConfig) -> Iterator[Row]:
     return (row for side, row in split_rows(config, source, held_out) if side == TRAIN and isinstance(row, Row))
 
 
+def column_of_rows(config: DataConfig, column: str) -> dict[str, str]:
+    """The values of a column by the origin of their row, of all rows that may be held out; rows without it are left out.
+
+    Raises:
+        DataError: no row has the column, or the data are a mixture.
+    """
+    if config.source == "mixture":
+        raise DataError("evaluation.group_by", "the data are a mixture, which is split by its parts already", "Leave it out.")
+    sources = [source for source in _open_sources(config, "data") if source is not None]
+    rows = [row for source in sources for row in source.rows() if isinstance(row, Row)]
+    if not any(column in row.columns for row in rows):
+        there = ", ".join(sorted({name for row in rows[:100] for name in row.columns})) or "none"
+        raise DataError("evaluation.group_by", f"no row has a column '{column}'", f"There are: {there}.")
+    return {row.origin: str(row.columns[column]) for row in rows if column in row.columns}
+
+
 def cache_folder(config: DataConfig) -> Path:
     """Where tokenised data is kept: `data.cache_dir`, $MINI_DISTILL_CACHE, or ~/.cache/mini_distill."""
     default = os.environ.get("MINI_DISTILL_CACHE") or Path.home() / ".cache" / "mini_distill"

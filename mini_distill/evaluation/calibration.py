@@ -36,3 +36,24 @@ def expected_calibration_error(gaps: Tensor, num_tokens: float) -> float:
         num_tokens: Tokens in all bins together.
     """
     return gaps.abs().sum().item() / num_tokens
+
+
+def reliability_sums(confidence: Tensor, correct: Tensor, num_bins: int = NUM_BINS) -> Tensor:
+    """What a reliability diagram is made of: tokens, sum of confidence and number correct in each bin; sums add up.
+
+    Returns:
+        `(num_bins, 3)` float64, with the bins of `calibration_gaps`.
+    """
+    bins = (confidence * num_bins).long().clamp(0, num_bins - 1)
+    values = torch.stack([torch.ones_like(confidence), confidence, correct.to(confidence.dtype)], dim=1).double()
+    return torch.zeros(num_bins, 3, dtype=torch.float64, device=confidence.device).index_add(0, bins, values)
+
+
+def reliability_bins(sums: Tensor) -> list[dict[str, float]]:
+    """The bins of a reliability diagram, from the totals of `reliability_sums`; empty bins are left out."""
+    width, found = 1 / len(sums), []
+    for i, (tokens, confidence, correct) in enumerate(sums.tolist()):
+        if tokens:
+            bounds = {"low": i * width, "high": (i + 1) * width}
+            found.append({**bounds, "tokens": tokens, "confidence": confidence / tokens, "accuracy": correct / tokens})
+    return found

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from ..config import EvaluationConfig
+from ..config import EvaluationConfig, FullEvaluationConfig
 from ..data.tokenizers import vocabulary_size
 from .isolation import without_side_effects
 
+Settings = EvaluationConfig | FullEvaluationConfig
 PROMPT_TOKENS = 24
 DIM, RESET = "\x1b[2m", "\x1b[0m"
 JOINERS = "\u200c\u200d"
@@ -36,9 +37,7 @@ class Sample:
     continuations: dict[str, str]
 
 
-def side_by_side(
-    config: EvaluationConfig, tokenizer: Any, models: Mapping[str, PreTrainedModel | None], held_out: Any, seed: int
-) -> list[Sample]:
+def side_by_side(config: Settings, tokenizer: Any, models: Mapping[str, PreTrainedModel | None], held_out: Any, seed: int) -> list[Sample]:
     """Let every model continue every prompt.
 
     The prompts are `config.prompts`, or the beginnings of held-out documents; always the same ones. Generation is greedy, or
@@ -60,7 +59,7 @@ def side_by_side(
     return samples
 
 
-def _prompts(config: EvaluationConfig, tokenizer: Any, held_out: Any) -> Iterator[list[int]]:
+def _prompts(config: Settings, tokenizer: Any, held_out: Any) -> Iterator[list[int]]:
     if config.num_samples == 0:
         return
     if config.prompts:
@@ -70,13 +69,13 @@ def _prompts(config: EvaluationConfig, tokenizer: Any, held_out: Any) -> Iterato
     yield from held_out.beginnings(config.num_samples, PROMPT_TOKENS)
 
 
-def _continue(model: Any, tokenizer: Any, prompt_ids: list[int], config: EvaluationConfig, seed: int) -> str:
+def _continue(model: Any, tokenizer: Any, prompt_ids: list[int], config: Settings, seed: int) -> str:
     """The text that `model` adds to the prompt, without special tokens."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or len(prompt_ids) + config.sample_tokens
     prompt_ids = prompt_ids[-max(1, longest - config.sample_tokens) :]
     ids = torch.tensor([prompt_ids], device=model.device)
     settings = _generation_config(model, tokenizer, config, min(config.sample_tokens, longest - len(prompt_ids)))
-    with without_side_effects(model), _generating_with(model, settings):
+    with without_side_effects(model), generating_with(model, settings):
         torch.manual_seed(seed)  # generate() knows no generator of its own; the global one is put back on leaving
         real_tokens = LogitsProcessorList([OnlyRealTokens(vocabulary_size(tokenizer))])
         written = model.generate(ids, attention_mask=torch.ones_like(ids), logits_processor=real_tokens)[0].tolist()
@@ -96,7 +95,7 @@ class OnlyRealTokens(LogitsProcessor):
         return scores.index_fill(-1, torch.arange(self.num_tokens, scores.shape[-1], device=scores.device), -torch.inf)
 
 
-def _generation_config(model: PreTrainedModel, tokenizer: Any, config: EvaluationConfig, max_new_tokens: int) -> GenerationConfig:
+def _generation_config(model: PreTrainedModel, tokenizer: Any, config: Settings, max_new_tokens: int) -> GenerationConfig:
     sampling: dict[str, Any] = {"do_sample": False}
     if config.sampling_temperature > 0:
         sampling = {"do_sample": True, "temperature": config.sampling_temperature, "top_k": 0, "top_p": 1.0}
@@ -105,7 +104,7 @@ def _generation_config(model: PreTrainedModel, tokenizer: Any, config: Evaluatio
 
 
 @contextmanager
-def _generating_with(model: Any, settings: GenerationConfig) -> Iterator[None]:
+def generating_with(model: Any, settings: GenerationConfig) -> Iterator[None]:
     """These settings alone: generate() would fill the gaps of an argument with the penalties and filters that a checkpoint
     brings along, and the samples could not be compared."""
     own, model.generation_config = model.generation_config, settings

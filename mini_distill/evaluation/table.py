@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..storage import size_text
+
 MISSING = "–"
 
 
@@ -42,6 +44,10 @@ def _between(label: str, name: str, text: Callable[[float], str]) -> Row:
     return Row(label, ("", f"before/{name}", f"eval/{name}"), text)
 
 
+def _measured(label: str, family: str, name: str, text: Callable[[float], str]) -> Row:
+    return Row(label, (f"{family}/teacher_{name}", "", f"{family}/student_{name}"), text)
+
+
 def decimals(digits: int) -> Callable[[float], str]:
     """A number with `digits` behind the point; with an exponent where that would not fit a column."""
     return lambda value: f"{value:,.{digits}f}" if abs(value) < 1e7 else f"{value:.2e}"
@@ -64,12 +70,25 @@ ROWS = (
     _of_each("perplexity", "perplexity", decimals(2)),
     _of_each("bits per byte", "bits_per_byte", decimals(3)),
     _between("KL to the teacher (nats)", "forward_kl", decimals(3)),
+    _between("reverse KL (nats)", "reverse_kl", decimals(3)),
     _between("top-1 agreement", "top1_agreement", percent),
+    _between("top-k agreement", "topk_agreement", percent),
+    _between("rank correlation", "rank_correlation", decimals(3)),
     _of_each("calibration error", "ece", percent),
     Row("parameters", ("model/teacher_parameters", "model/student_parameters", "model/student_parameters"), count),
-    Row("tokens read per second", ("perf/teacher_tokens_per_second", "", "perf/student_tokens_per_second"), decimals(0)),
+    _measured("weight files", "model", "file_bytes", size_text),
+    _measured("operations per token", "model", "flops_per_token", count),
+    _measured("tokens read per second", "perf", "tokens_per_second", decimals(0)),
+    _measured("seconds to the first token", "perf", "time_to_first_token", decimals(3)),
+    _measured("tokens written per second", "perf", "generation_tokens_per_second", decimals(0)),
+    _measured("peak memory", "perf", "peak_memory_bytes", size_text),
+    _measured("cost of a million tokens", "cost", "per_million_tokens", decimals(4)),
+    _measured("joules per million tokens (estimate)", "energy", "joules_per_million_tokens_estimate", count),
+    _measured("repeated 4-grams in generations", "text", "repetition", percent),
+    _measured("distinct word pairs in generations", "text", "distinct_2", percent),
 )
 COLUMNS = ("teacher", "student before", "student after")
+TASKS = "task/"
 
 
 def _cells(summary: Mapping[str, Any]) -> list[list[str]]:
@@ -77,7 +96,8 @@ def _cells(summary: Mapping[str, Any]) -> list[list[str]]:
     rows = [row for row in ROWS if any(key in summary for key in row.keys)]
     shown = [i for i in range(len(COLUMNS)) if any(row.keys[i] in summary and row.keys.count(row.keys[i]) == 1 for row in rows)]
     cells = [[row.label, *(_cell(summary, row.keys[i], row.text) for i in shown)] for row in rows]
-    return [["", *(COLUMNS[i] for i in shown)], *cells]
+    titles = COLUMNS if 1 in shown else ("teacher", "", "student")
+    return [["", *(titles[i] for i in shown)], *cells]
 
 
 def _cell(summary: Mapping[str, Any], key: str, text: Callable[[float], str]) -> str:
@@ -96,14 +116,31 @@ def format_table(summary: Mapping[str, Any]) -> str:
     Args:
         summary: As `build_summary` makes it; what is missing is shown as a dash or left out.
     """
-    header, *rows = _cells(summary)
-    widths = [max(len(row[i]) for row in [header, *rows]) + 2 for i in range(len(header))]
+    return f"{_aligned(_cells(summary))}\n{_footnote(summary)}".rstrip()
+
+
+def _aligned(cells: list[list[str]]) -> str:
+    widths = [max(len(row[i]) for row in cells) + 2 for i in range(len(cells[0]))]
     rule = "─" * sum(widths)
     lines = [
-        "".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-        for row in [header, *rows]
+        "".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in cells
     ]
-    return "\n".join([lines[0], rule, *lines[1:], rule, _footnote(summary)]).rstrip()
+    return "\n".join([lines[0], rule, *lines[1:], rule])
+
+
+def format_tasks(summary: Mapping[str, Any]) -> str:
+    """What the models got on each task, and on each group of it: `task/<name>/<model>` and `task/<name>/<group>/<model>`."""
+    scores: dict[str, dict[str, float]] = {}
+    for key, value in summary.items():
+        task, _, model = key.removeprefix(TASKS).rpartition("/")
+        if key.startswith(TASKS) and model in ("teacher", "student"):
+            scores.setdefault(task, {})[model] = value
+    models = [name for name in ("teacher", "student") if any(name in of_task for of_task in scores.values())]
+    cells = [
+        ["task", *models],
+        *([task, *(percent(of_task[m]) if m in of_task else MISSING for m in models)] for task, of_task in scores.items()),
+    ]
+    return _aligned(cells)
 
 
 def markdown_table(summary: Mapping[str, Any]) -> str:

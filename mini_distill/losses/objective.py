@@ -21,7 +21,7 @@ from torch.nn.functional import log_softmax, nll_loss
 from .linear import Head, TeacherRows, linear_terms
 from .reduction import at_least_float32
 from .schedule import Schedule, multiplier
-from .sparse import SparseRows
+from .sparse import SampledRows, SparseRows, TopKRows
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ class Objective:
         further: More divergences.
         schedules: Term name -> factor on its weight over the optimizer steps.
         memory_mib: Budget for the logits of a chunk, see `linear_terms`.
-        compile: Compile the terms with torch.compile: one kernel instead of a dozen passes over a chunk's logits.
+        compile: Compile the terms with torch.compile: one kernel instead of a dozen passes over a chunk's logits. Those against
+            sparse rows, whose number of entries differs from chunk to chunk, stay as they are.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class Objective:
         self.ce_weight, self.vocab_size, self.memory_mib = ce_weight, vocab_size, memory_mib
         self.schedules, self.step = schedules or {}, 1
         self.matching: InnerMatching | None = None  # once the models are there
-        self._sums: Callable[..., Tensor] = torch.compile(self._term_sums, dynamic=True) if compile else self._term_sums
+        self._dense_sums: Callable[..., Tensor] = torch.compile(self._term_sums, dynamic=True) if compile else self._term_sums
 
     @property
     def needs_teacher(self) -> bool:
@@ -208,6 +209,11 @@ class Objective:
         factors = {name: weights[name] * multiplier(self.schedules.get(name), self.step) for name in matched}
         loss = sum((factors[name] * value for name, value in matched.items()), start=sums.loss)
         return ObjectiveSums(loss, sums.terms | {name: value.detach() for name, value in matched.items()})
+
+    def _sums(self, student_logits: Tensor, teacher: Tensor | SparseRows | None, targets: Tensor) -> Tensor:
+        """`_term_sums`, compiled where that is asked for."""
+        sums = self._term_sums if isinstance(teacher, SampledRows | TopKRows) else self._dense_sums
+        return sums(student_logits, teacher, targets)
 
     def _term_sums(self, student_logits: Tensor, teacher: Tensor | SparseRows | None, targets: Tensor) -> Tensor:
         """The sum of each term over some tokens, `(terms,)`."""

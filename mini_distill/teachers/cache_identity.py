@@ -15,7 +15,7 @@ DESCRIPTION = "cache.json"
 FORMAT = 1
 
 
-def identity(config: CacheConfig, *, data: dict[str, Any], tokenizer: str, weights: str, dtype: str) -> dict[str, Any]:
+def identity(config: CacheConfig, *, data: dict[str, Any], tokenizer: str, weights: str, dtype: str, precision: str) -> dict[str, Any]:
     """Everything that the targets depend on, as nested JSON values.
 
     Args:
@@ -24,6 +24,7 @@ def identity(config: CacheConfig, *, data: dict[str, Any], tokenizer: str, weigh
         tokenizer: Its fingerprint.
         weights: The teacher's fingerprint, over every weight.
         dtype: The teacher's.
+        precision: Of its forward passes: shards of one cache are scored alike.
     """
     matters = {"sampled": ["k", "sampling", "seed"], "topk": ["k", "tail"], "full": [], "hidden": []}[config.kind]
     matters += ["proposal"] if config.kind == "sampled" and config.sampling == "draws" else []
@@ -32,6 +33,7 @@ def identity(config: CacheConfig, *, data: dict[str, Any], tokenizer: str, weigh
         "format": FORMAT,
         "cache": {"kind": config.kind, **{name: getattr(config, name) for name in matters}},
         "teacher": {"weights": weights, "dtype": dtype},
+        "scoring": {"precision": precision},
         "tokenizer": tokenizer,
         "data": data,
     }

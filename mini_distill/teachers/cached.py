@@ -69,9 +69,9 @@ class CachedTeacher:
 
         `target_log_prob`, `top_log_prob` and `exact_entropy` in nats, `top_id` its first choice.
         """
-        parts = self._parts(batch)
         if self.is_dense:
             return None
+        parts = self._parts(batch)
         columns = {name: torch.cat([to_tensor(shard[name][shard.tokens(place)]) for shard, place in parts]) for name in ABOUT_TEACHER}
         return {name: column.to(batch.labels.device) for name, column in columns.items()}
 

@@ -10,6 +10,7 @@ import os
 import queue
 import secrets
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,22 +57,22 @@ def open_tracker(config: TrackingConfig, run_path: Path | str, plain_config: Map
     return BackgroundTracker(sink)
 
 
-class Sink:
+class Sink(ABC):
     """What a tracker does, one call after the other in a thread of its own; may raise and may take long."""
 
     name: str
 
+    @abstractmethod
     def open(self) -> None:
         """Connect, create files."""
-        raise NotImplementedError
 
+    @abstractmethod
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Pass on one row."""
-        raise NotImplementedError
 
+    @abstractmethod
     def close(self) -> None:
         """Finish."""
-        raise NotImplementedError
 
 
 class BackgroundTracker(Tracker):

@@ -286,6 +286,18 @@ def test_several_terms_share_the_same_sparse_rows() -> None:
     torch.testing.assert_close(sums.loss, 0.5 * wanted["forward_kl"] + 0.25 * wanted["reverse_kl"])
 
 
+@pytest.mark.parametrize("kind", SPARSE)
+def test_an_objective_with_compiled_terms_takes_sparse_rows_too(kind: str) -> None:
+    """The number of entries differs from chunk to chunk, for which a compiler would start again each time: these terms stay as they are."""
+    head, hidden = head_and_hidden(9)
+    targets = torch.zeros(9, dtype=torch.int64)
+    found, wanted = (
+        Objective(forward_kl, "forward_kl", vocab_size=VOCAB, compile=compile).fused(hidden, head, Given(SPARSE[kind]()), targets)
+        for compile in (True, False)
+    )
+    assert torch.equal(found.loss, wanted.loss)
+
+
 @pytest.mark.parametrize("rows", [ragged([]), top_k(distributions(1), 3)[:0]], ids=["sampled", "topk"])
 def test_no_token_at_all_is_zero_with_a_graph(rows: SparseRows) -> None:
     head, hidden = head_and_hidden(0)

@@ -223,7 +223,7 @@ def test_what_passes_is_waited_for(
     assert message.endswith("trying again for a while") and double.url in message
 
 
-@pytest.mark.parametrize("seconds", ["1", formatdate(time.time() + 3600)])
+@pytest.mark.parametrize("seconds", ["1", formatdate(time.time() + 3600)], ids=["in seconds", "as a date"])
 def test_retry_after_is_obeyed(
     double: ServerDouble, connect: Callable[..., ServerTeacher], seconds: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
