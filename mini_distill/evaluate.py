@@ -28,13 +28,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import EvaluateCommand
 from .data.loader import evaluation_batches
-from .data.mixing import Mixture
 from .data.order import Stream
 from .data.prepare import column_of_rows, prepare_data
 from .data.tokenizers import check_same_tokenizer
 from .distillation import check_vocabulary, start_processes
 from .errors import ConfigError, DistributedError
-from .evaluation.close_look import CloseLook, Groups
+from .evaluation.close_look import CloseLook, Groups, parts_of_mixture, write_details
 from .evaluation.diversity import diversity
 from .evaluation.efficiency import Origin, cost_and_energy, file_bytes, flops_per_token, peak_memory, timings, weight_bytes
 from .evaluation.hooks import EvaluationContext, load_hooks, run_hooks
@@ -114,11 +113,8 @@ def evaluate(config: EvaluateCommand) -> dict[str, Any]:
     tasks, task_details = run_tasks(config.evaluation, e.models, e.tokenizer, e.device, e.autocast, show_progress=True)
     summary |= tasks
     summary |= _costs(e)
-    details = look.details() | {
-        "samples": [dataclasses.asdict(sample) for sample in samples],
-        **({"tasks": task_details} if task_details else {}),
-    }
-    write_measured(folder, config, summary, details)
+    write_measured(folder, config, summary)
+    write_details(folder, look.details() | ({"tasks": task_details} if task_details else {}), samples)
     print(format_table(summary))
     if tasks:
         print("\n" + format_tasks(tasks))
@@ -166,25 +162,12 @@ def batches(e: Evaluation) -> Any:
     return evaluation_batches(e.held_out, e.config.evaluation.batch_size, e.config.evaluation.max_batches)
 
 
-def write_measured(folder: Path, config: EvaluateCommand, summary: dict[str, Any], details: dict[str, Any]) -> None:
-    """The files of a measured folder."""
+def write_measured(folder: Path, config: EvaluateCommand, summary: dict[str, Any]) -> None:
+    """The settings, without secrets, and the figures."""
     settings = redact(dataclasses.asdict(config))
     atomic_write_text(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-    atomic_write_text(folder / "details.json", json_text(details))
-    atomic_write_text(folder / "summary.json", json_text(summary))
-
-
-def json_text(value: Any) -> str:
-    """Strict JSON; a number that is not finite becomes null."""
-    return json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in summary.items()}
+    atomic_write_text(folder / "summary.json", json.dumps(finite, indent=2, sort_keys=True) + "\n")
 
 
 def _groups(e: Evaluation) -> Groups | None:
@@ -193,10 +176,7 @@ def _groups(e: Evaluation) -> Groups | None:
     if column is not None:
         values = column_of_rows(e.config.data, column)
         return Groups(column, lambda index, origin: values.get(origin.removesuffix(" (its end)"), "(none)"))
-    if isinstance(e.held_out, Mixture):
-        mixture = e.held_out
-        return Groups("data", lambda index, origin: mixture.part_of(index))
-    return None
+    return parts_of_mixture(e.held_out)
 
 
 def _diversity(samples: list[Sample]) -> dict[str, float]:

@@ -22,6 +22,7 @@ from .config import (
     DataConfig,
     EvaluateCommand,
     PairsConfig,
+    PlanCommand,
     StudentConfig,
     TeacherConfig,
     TermConfig,
@@ -72,6 +73,15 @@ def check_evaluate_command(command: EvaluateCommand) -> list[Problem]:
         problems += [
             Problem(f"evaluation.{name}.{key}.path", "missing", "Give a file.") for key, group in groups.items() if group.path is None
         ]
+    return problems
+
+
+def check_plan_command(command: PlanCommand) -> list[Problem]:
+    """The same for `python -m mini_distill.plan`."""
+    problems, plan = check_relations(command), command.plan
+    if (plan.matmul_tflops is None) != (plan.memory_gb_per_second is None):
+        missing = "matmul_tflops" if plan.matmul_tflops is None else "memory_gb_per_second"
+        problems.append(Problem(f"plan.{missing}", "missing: the two rates of a device go together", "Give both, or none to measure here."))
     return problems
 
 
@@ -421,6 +431,10 @@ def _check_schedule(name: str, points: object, terms: list[str]) -> Iterator[Pro
             yield Problem(where, f"got {shown({step: factor})}, expected a step and a factor of at least 0", "Give {0: 1, 1000: 0.1}.")
 
 
+def _uses_teacher(config: Config) -> bool:
+    return any(weight > 0 for _, _, weight in _compared(config).values())
+
+
 def _is_whole(value: object) -> bool:
     """Also for the keys of a mapping typed on the command line, which are texts."""
     return isinstance(value, int | str) and not isinstance(value, bool) and re.fullmatch(r"-?\d{1,9}", str(value)) is not None
@@ -445,6 +459,8 @@ def _check_trainer(config: Config) -> Iterator[Problem]:
             "flash attention keeps packed documents apart only with trainer.micro_batch_size=1",
             "Use sdpa, or micro_batch_size=1 with more grad_accum_steps.",
         )
+    if config.control and not _uses_teacher(config):
+        yield Problem("control", "true, and nothing of the objective looks at a teacher", "Leave it out: this run is the control.")
     if config.resume not in ("auto", "never") and not _exists(config.resume):
         yield Problem("resume", f"got {shown(config.resume)}, expected auto, never or a checkpoint folder")
     keys = [*known_keys(), *FINGERPRINTS]
@@ -457,5 +473,6 @@ RELATIONS: dict[type, Callable[[Any], list[Problem]]] = {
     Config: check_relations,
     CacheCommand: check_cache_command,
     EvaluateCommand: check_evaluate_command,
+    PlanCommand: check_plan_command,
 }
 """What is checked of the settings of each verb."""

@@ -9,9 +9,11 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from .compare import against_control
 from .data.loader import evaluation_batches
 from .data.tokenizers import vocabulary_size
 from .distillation import Distillation
+from .evaluation.close_look import CloseLook, parts_of_mixture, write_details
 from .evaluation.model_card import CardFacts, write_model_card
 from .evaluation.samples import Sample, format_samples
 from .evaluation.speed import forward_tokens_per_second, num_parameters
@@ -22,7 +24,7 @@ from .storage import atomic_folder
 from .teachers.cached import CachedTeacher
 
 
-def already_finished(d: Distillation, last_step: int) -> dict[str, Any] | None:
+def already_finished(d: Distillation, last_step: int, control: dict[str, Any] | None) -> dict[str, Any] | None:
     """The summary of a run that has nothing left to do, printed again; None otherwise."""
     path = d.run.path / "summary.json"
     if last_step < d.config.trainer.max_steps or not path.exists() or not (d.run.path / "student" / "config.json").exists():
@@ -30,19 +32,30 @@ def already_finished(d: Distillation, last_step: int) -> dict[str, Any] | None:
     summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if summary.get("train/steps") != last_step:
         return None  # written before the run was made longer
+    if control is not None and not summary.items() >= against_control(summary, control).items():
+        return None  # written before there was this control
     if d.accelerator.is_main_process:
         print(format_table(summary))
         print(f"\nAlready finished at step {last_step}; nothing to do. The student: {d.run.path / 'student'}")
     return summary
 
 
-def write_result(d: Distillation) -> dict[str, Any]:
-    """Write student/, summary.json and the model card, print the table and the samples, and give the summary."""
+def write_result(d: Distillation, control: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Write student/, summary.json, details.json and the model card, print the table and the samples, and give the summary.
+
+    Args:
+        d: The run, trained.
+        control: The summary of the same run without its teacher, to compare with.
+    """
     exported_step = export_weights(d)
     after = metrics_at(d, exported_step)
     samples = write_samples(d)
-    summary = build_summary(metrics_at(d, 0), after, _facts(d, exported_step))
+    look = look_closely(d)
+    further = {} if look is None else {key: value for key, value in look.metrics().items() if key not in after}
+    compared = {} if control is None else against_control(after, control)
+    summary = build_summary(metrics_at(d, 0), after | further, _facts(d, exported_step) | compared)
     if d.accelerator.is_main_process:
+        write_details(d.run.path, look.details() if look is not None else {}, samples)
         facts = CardFacts(
             config=d.config,
             objective=d.objective.formula(),
@@ -102,6 +115,18 @@ def write_samples(d: Distillation) -> list[Sample]:
         return []
     models = {"teacher": d.teacher_model, "student": d.student_model}
     return d.evaluator.samples({name: model for name, model in models.items() if model is not None}, d.config.seed)
+
+
+def look_closely(d: Distillation) -> CloseLook | None:
+    """Where the exported student's figures come from, on the main process, which reads the held-out text once more; None without any."""
+    if d.data.held_out is None or not d.accelerator.is_main_process:
+        return None
+    evaluation = d.config.evaluation
+    look = CloseLook(d.student_model, d.teacher_model, d.tokenizer, d.data.held_out, group_of=parts_of_mixture(d.data.held_out))
+    look.over(
+        evaluation_batches(d.data.held_out, evaluation.batch_size, evaluation.max_batches), d.accelerator.autocast, show_progress=True
+    )
+    return look
 
 
 def show(d: Distillation, summary: dict[str, Any], samples: list[Sample]) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .compare import control_of
 from .config import Config
 from .data.batch import Batch
 from .distillation import Distillation, open_run, prepare
@@ -50,15 +51,16 @@ def train(config: Config) -> dict[str, Any]:
         MiniDistillError: any problem that is the user's to mend, each kind with its exit code.
         Preempted: SIGTERM or Ctrl-C; the run is saved.
     """
+    control = train(control_of(config)) if config.control else None  # the same student without the teacher, in a folder of its own
     with open_run(config) as (run, stop, tracker):
         d = prepare(config, run, tracker)  # tokenizer, teacher, student, data, objective, optimizer
         last_step = d.resume()  # 0 for a new run
-        if (summary := already_finished(d, last_step)) is not None:
+        if (summary := already_finished(d, last_step, control)) is not None:
             return summary
         if last_step == 0:
             d.log(0, d.evaluate(step=0))  # the student before
         training_loop(d, last_step, stop)
-        return write_result(d)  # student/, summary.json, the model card and the final table
+        return write_result(d, control)  # student/, summary.json, the model card and the final table
 
 
 def training_loop(d: Distillation, last_step: int, stop: StopRequest) -> None:

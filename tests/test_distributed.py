@@ -53,10 +53,10 @@ def test_two_processes_train_as_one_and_keep_equal_weights(tiny_command: list[st
     def body(rank: int) -> None:
         original = train_module.write_result
 
-        def keep(d: Any) -> Any:
+        def keep(d: Any, control: Any) -> Any:
             weights = {name: p.detach().clone() for name, p in d.language_model.named_parameters()}
             save_file(weights, tmp_path / f"rank-{rank}.safetensors")
-            return original(d)
+            return original(d, control)
 
         train_module.write_result = keep
         run(tiny_command, tmp_path / "run", *TWO)

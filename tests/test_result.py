@@ -100,7 +100,7 @@ def test_run_killed_between_its_last_checkpoint_and_its_result_writes_the_result
     finished: Path, tiny_command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train_module, "write_result", lambda d: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(train_module, "write_result", lambda d, control: (_ for _ in ()).throw(KeyboardInterrupt))
         run(tiny_command, tmp_path / "run")
     assert not (tmp_path / "run" / "student").exists() and status(tmp_path / "run")["exit_code"] == 130
     run(tiny_command, tmp_path / "run")

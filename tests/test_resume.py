@@ -320,7 +320,7 @@ def test_killed_while_the_result_is_written_it_ends_as_undisturbed(
 ) -> None:
     folder = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Crash):
-        patch.setattr(train_module, "write_result", lambda d: crash())
+        patch.setattr(train_module, "write_result", lambda d, control: crash())
         run(tiny_command, folder)
     seen: list[int] = []
     counted = copy_of(folder, tmp_path / "counted")

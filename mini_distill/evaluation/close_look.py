@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,15 +17,18 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..data.batch import Batch
+from ..data.mixing import Mixture
 from ..data.order import Stream
 from ..errors import DataError
 from ..losses.reduction import loss_mask
 from ..models.head import LanguageModel
+from ..storage import atomic_write_text
 from .calibration import NUM_BINS, reliability_bins, reliability_sums
 from .differences import Differences
 from .isolation import without_side_effects
 from .language_model import Sums, metrics, nothing, per_token, totals
 from .logit_chunks import LogitChunk, logit_chunks, real_vocabulary
+from .samples import Sample
 from .slices import EntropySlices, PositionSlices, Slices
 
 RANKED = 64  # of the teacher's most likely tokens, for the rank correlation
@@ -35,6 +40,25 @@ class Groups:
 
     name: str
     label: Callable[[int, str], str]
+
+
+def parts_of_mixture(held_out: Stream) -> Groups | None:
+    """The parts of a mixture; None for anything else."""
+    return Groups("data", lambda index, origin: held_out.part_of(index)) if isinstance(held_out, Mixture) else None
+
+
+def write_details(folder: Path, details: dict[str, Any], samples: Sequence[Sample]) -> None:
+    """Write `details.json`: what is measured and is not a flat number. Strict JSON; a number that is not finite becomes null."""
+    whole = details | {"samples": [asdict(sample) for sample in samples]}
+    atomic_write_text(folder / "details.json", json.dumps(_finite(whole), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class CloseLook:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..data.batch import Batch
@@ -38,48 +41,54 @@ class Differences:
             values: What `per_token` gives for its supervised positions, with a teacher.
             origins: For each sequence, where its documents stand in their source.
         """
-        batch = batch.to("cpu")
-        kl = values["forward_kl"].new_full(batch.labels.shape, float("nan"), device="cpu")
-        kl[loss_mask(batch.labels)] = values["forward_kl"].cpu()
-        first = 0
-        for row in range(len(batch)):
-            own = loss_mask(batch.labels[row : row + 1])[0]
-            supervised = int(own.sum())
-            of_row = {
-                name: value[first : first + supervised].tolist()
-                for name, value in values.items()
-                if name in (*SHOWN, "student_top", "teacher_top")
-            }
-            first += supervised
-            worst = max(_windows(batch, row, own, kl[row]), key=lambda window: window[0], default=None)
-            if worst is None:
-                continue
-            score, begin, end, document = worst
-            if len(self._kept) < self.count or score > self._kept[0][0]:
-                at = own.nonzero()[:, 0].tolist()
-                about = {position + 1: {name: of_row[name][i] for name in of_row} for i, position in enumerate(at)}  # t predicts t + 1
-                text = self._spell(batch.input_ids[row].tolist(), begin, end, about)
-                entry = {"row": origins[row][document] if document < len(origins[row]) else "", "forward_kl": score, "tokens": text}
-                (heapq.heappushpop if len(self._kept) == self.count else heapq.heappush)(self._kept, (score, next(self._number), entry))
+        batch, masks = batch.to("cpu"), loss_mask(batch.labels).cpu()
+        about: dict[str, Tensor] = {}
+        for name in (*SHOWN, "student_top", "teacher_top"):  # by position, as they stand in the batch
+            about[name] = torch.full(masks.shape, math.nan, dtype=torch.float64)
+            about[name][masks] = values[name].double().cpu()
+        for row, of_row in enumerate(origins):
+            window = max(_windows(batch, row, masks[row], about["forward_kl"][row]), key=lambda found: found.score, default=None)
+            if window is not None and self._is_worse(window.score):
+                origin = of_row[window.document] if window.document < len(of_row) else ""
+                text = self._spell(batch, row, window, masks[row], {name: value[row] for name, value in about.items()})
+                self._keep(window.score, {"row": origin, "forward_kl": window.score, "tokens": text})
+
+    def _is_worse(self, score: float) -> bool:
+        return self.count > 0 and (len(self._kept) < self.count or score > self._kept[0][0])
+
+    def _keep(self, score: float, entry: dict[str, Any]) -> None:
+        heapq.heappush(self._kept, (score, next(self._number), entry))
+        if len(self._kept) > self.count:
+            heapq.heappop(self._kept)
 
     def worst_first(self) -> list[dict[str, Any]]:
         """As `details.json` has them."""
         return [entry for _, _, entry in sorted(self._kept, key=lambda kept: (-kept[0], kept[1]))]
 
-    def _spell(self, ids: list[int], begin: int, end: int, about: dict[int, dict[str, float]]) -> list[dict[str, Any]]:
-        texts = token_texts(self.tokenizer, ids[begin:end])
+    def _spell(self, batch: Batch, row: int, window: Window, predicts: Tensor, about: dict[str, Tensor]) -> list[dict[str, Any]]:
+        texts = token_texts(self.tokenizer, batch.input_ids[row, window.begin : window.end].tolist())
         tokens = []
-        for position, text in zip(range(begin, end), texts, strict=True):
+        for position, text in zip(range(window.begin, window.end), texts, strict=True):
             token: dict[str, Any] = {"text": text}
-            if position in about:
-                token |= {name: about[position][name] for name in SHOWN}
-                token |= {name: self.tokenizer.decode([int(about[position][name])]) for name in ("student_top", "teacher_top")}
+            if position > 0 and predicts[position - 1]:  # position t predicts token t + 1
+                token |= {name: about[name][position - 1].item() for name in SHOWN}
+                token |= {name: self.tokenizer.decode([int(about[name][position - 1])]) for name in ("student_top", "teacher_top")}
             tokens.append(token)
         return tokens
 
 
-def _windows(batch: Batch, row: int, supervised: Tensor, kl: Tensor) -> Iterator[tuple[float, int, int, int]]:
-    """Mean KL, begin and end (tokens), and the number of the document, of each window of a sequence that is no padding."""
+@dataclass(frozen=True)
+class Window:
+    """Some tokens of one document: their mean forward KL, begin and end in the sequence, and the document's number in it."""
+
+    score: float
+    begin: int
+    end: int
+    document: int
+
+
+def _windows(batch: Batch, row: int, supervised: Tensor, kl: Tensor) -> Iterator[Window]:
+    """The windows of a sequence in which enough is supervised."""
     starts = (batch.position_ids[row] == 0).nonzero()[:, 0].tolist()
     for document, (begin, end) in enumerate(zip(starts, [*starts[1:], batch.input_ids.shape[1]], strict=True)):
         for first in range(begin, end, WINDOW):
@@ -87,7 +96,7 @@ def _windows(batch: Batch, row: int, supervised: Tensor, kl: Tensor) -> Iterator
             predicts = slice(max(begin, first - 1), last - 1)  # the positions that predict the window's tokens
             counted = kl[predicts][supervised[predicts]]
             if len(counted) >= FEWEST:
-                yield float(counted.mean()), first, last, document
+                yield Window(float(counted.mean()), first, last, document)
 
 
 def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:

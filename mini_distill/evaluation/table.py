@@ -29,23 +29,23 @@ def build_summary(before: Mapping[str, float], after: Mapping[str, float], extra
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: its label, the keys of teacher, student before and student after, and how a number is written."""
+    """A line of the table: its label, the keys of teacher, student before, control and student after, and how a number is written."""
 
     label: str
-    keys: tuple[str, str, str]
+    keys: tuple[str, str, str, str]
     text: Callable[[float], str]
 
 
 def _of_each(label: str, name: str, text: Callable[[float], str]) -> Row:
-    return Row(label, (f"eval/teacher_{name}", f"before/student_{name}", f"eval/student_{name}"), text)
+    return Row(label, (f"eval/teacher_{name}", f"before/student_{name}", f"control/student_{name}", f"eval/student_{name}"), text)
 
 
 def _between(label: str, name: str, text: Callable[[float], str]) -> Row:
-    return Row(label, ("", f"before/{name}", f"eval/{name}"), text)
+    return Row(label, ("", f"before/{name}", f"control/{name}", f"eval/{name}"), text)
 
 
 def _measured(label: str, family: str, name: str, text: Callable[[float], str]) -> Row:
-    return Row(label, (f"{family}/teacher_{name}", "", f"{family}/student_{name}"), text)
+    return Row(label, (f"{family}/teacher_{name}", "", "", f"{family}/student_{name}"), text)
 
 
 def decimals(digits: int) -> Callable[[float], str]:
@@ -66,6 +66,7 @@ def count(value: float) -> str:
     return f"{value:.0f}"
 
 
+OWN_SIZE = "model/student_parameters"
 ROWS = (
     _of_each("perplexity", "perplexity", decimals(2)),
     _of_each("bits per byte", "bits_per_byte", decimals(3)),
@@ -75,7 +76,7 @@ ROWS = (
     _between("top-k agreement", "topk_agreement", percent),
     _between("rank correlation", "rank_correlation", decimals(3)),
     _of_each("calibration error", "ece", percent),
-    Row("parameters", ("model/teacher_parameters", "model/student_parameters", "model/student_parameters"), count),
+    Row("parameters", ("model/teacher_parameters", OWN_SIZE, OWN_SIZE, OWN_SIZE), count),
     _measured("weight files", "model", "file_bytes", size_text),
     _measured("operations per token", "model", "flops_per_token", count),
     _measured("tokens read per second", "perf", "tokens_per_second", decimals(0)),
@@ -87,7 +88,7 @@ ROWS = (
     _measured("repeated 4-grams in generations", "text", "repetition", percent),
     _measured("distinct word pairs in generations", "text", "distinct_2", percent),
 )
-COLUMNS = ("teacher", "student before", "student after")
+COLUMNS = ("teacher", "student before", "control", "student after")
 TASKS = "task/"
 
 
@@ -96,7 +97,7 @@ def _cells(summary: Mapping[str, Any]) -> list[list[str]]:
     rows = [row for row in ROWS if any(key in summary for key in row.keys)]
     shown = [i for i in range(len(COLUMNS)) if any(row.keys[i] in summary and row.keys.count(row.keys[i]) == 1 for row in rows)]
     cells = [[row.label, *(_cell(summary, row.keys[i], row.text) for i in shown)] for row in rows]
-    titles = COLUMNS if 1 in shown else ("teacher", "", "student")
+    titles = COLUMNS if 1 in shown else (*COLUMNS[:3], "student")
     return [["", *(titles[i] for i in shown)], *cells]
 
 
@@ -106,8 +107,11 @@ def _cell(summary: Mapping[str, Any], key: str, text: Callable[[float], str]) ->
 
 
 def _footnote(summary: Mapping[str, Any]) -> str:
-    tokens = summary.get("eval/tokens")
-    return "" if tokens is None else f"Measured over {tokens:,.0f} held-out tokens."
+    tokens, gap = summary.get("eval/tokens"), summary.get("control/gap_closed")
+    notes = [] if tokens is None else [f"Measured over {tokens:,.0f} held-out tokens."]
+    if gap is not None:
+        notes.append(f"Of the gap between the control (the same student without the teacher) and the teacher, {percent(gap)} is closed.")
+    return " ".join(notes)
 
 
 def format_table(summary: Mapping[str, Any]) -> str:

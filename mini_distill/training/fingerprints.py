@@ -14,6 +14,7 @@ HARMLESS = (
     "resume",  # how it was found
     "resume_allow",  # this very comparison
     "debug",  # tracebacks
+    "control",  # another run, beside this one
     "tracking",  # a copy of the metrics
     "teacher.gated",  # the wording of an error
     "teacher.url",  # where it is served; what it is is compared as `teacher`
