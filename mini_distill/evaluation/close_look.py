@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ from ..storage import atomic_write_text
 from .calibration import NUM_BINS, reliability_bins, reliability_sums
 from .differences import Differences
 from .isolation import without_side_effects
-from .language_model import Sums, metrics, nothing, per_token, totals
+from .language_model import Sums, add, metrics, per_token, totals
 from .logit_chunks import LogitChunk, logit_chunks, real_vocabulary
 from .samples import Sample
 from .slices import EntropySlices, PositionSlices, Slices
@@ -91,8 +90,7 @@ class CloseLook:
         self.held_out, self.group_of, self.top_k = held_out, group_of, top_k
         self.vocab_size = real_vocabulary(tokenizer, self.student, self.teacher)
         self.device = next(student.parameters()).device
-        self.sums: Sums = nothing(teacher is not None, self.device)
-        self.further: dict[str, float] = defaultdict(float)
+        self.sums: Sums | None = None
         names = ["student", *(["teacher"] if teacher is not None else [])]
         self.reliability = {name: torch.zeros(NUM_BINS, 3, dtype=torch.float64, device=self.device) for name in names}
         self.positions, self.entropies, self.groups = PositionSlices(), EntropySlices(), Slices()
@@ -107,14 +105,13 @@ class CloseLook:
         with without_side_effects(*self.models), autocast():
             for batch in tqdm(batches, desc="looking closely", unit="batch", leave=False, disable=None if show_progress else True):
                 self._add(batch.to(self.device))
-        if not self.sums["tokens"]:
+        if self.sums is None:
             raise DataError("data", "no token of the held-out text is supervised", "Hold out more rows, or check their format.")
 
     def metrics(self) -> dict[str, float]:
         """`eval/…`, as of `Evaluator`, with `topk_agreement` and `rank_correlation` besides."""
-        tokens = self.sums["tokens"].item()
-        means = {name: total / tokens for name, total in self.further.items()}
-        return {f"eval/{name}": value for name, value in {**metrics(self.sums), **means}.items()}
+        assert self.sums is not None, "nothing has been looked at"
+        return {f"eval/{name}": value for name, value in metrics(self.sums).items()}
 
     def details(self) -> dict[str, Any]:
         """`reliability`, `slices` and `differences`, as plain values."""
@@ -129,15 +126,12 @@ class CloseLook:
 
     def _add(self, batch: Batch) -> None:
         chunks = [self._of_chunk(chunk) for chunk in logit_chunks(self.student, self.teacher, batch, self.vocab_size)]
-        if not chunks:
+        if not chunks:  # nothing supervised
             return
         values = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
         mask = loss_mask(batch.labels)
         sums = totals(values, values["num_bytes"])
-        self.sums = {name: self.sums[name] + sums[name] for name in self.sums}
-        for name in ("topk_agreement", "rank_correlation"):
-            if name in values:
-                self.further[name] += values[name].sum().item()
+        self.sums = sums if self.sums is None else add(self.sums, sums)
         for name in self.reliability:
             self.reliability[name] += reliability_sums(values[f"{name}_confidence"], values[f"{name}_correct"])
         self.positions.add_positions(batch.position_ids[mask] + 1, values)  # tokens that stand before the predicted one

@@ -17,6 +17,9 @@ from ..losses.sparse import SampledRows, SparseRows
 from ..teachers.cached import ABOUT_TEACHER
 from .calibration import calibration_gaps, expected_calibration_error
 
+BETWEEN = ("forward_kl", "reverse_kl", "top1_agreement", "topk_agreement", "rank_correlation")
+"""What is measured between student and teacher; the last two in a closer look only."""
+
 Sums = dict[str, Tensor]
 """Float64 totals over supervised tokens, by name; scalars, and `(bins,)` for calibration."""
 
@@ -61,14 +64,14 @@ def per_token(student_logits: Tensor, teacher_logits: Tensor | None, targets: Te
 
 
 def totals(values: dict[str, Tensor], num_bytes: Tensor) -> Sums:
-    """The sums of what `per_token` gives."""
+    """The sums of what `per_token` gives, and of what else is named in `BETWEEN`."""
     nll = values["student_nll"]
     sums = {"tokens": torch.tensor(float(len(nll)), dtype=torch.float64, device=nll.device), "bytes": _wide(num_bytes).sum()}
     for name in ("student", "teacher"):
         if f"{name}_nll" in values:
             sums[f"{name}_nll"] = values[f"{name}_nll"].sum()
             sums[f"{name}_calibration"] = calibration_gaps(values[f"{name}_confidence"], values[f"{name}_correct"])
-    return sums | {name: values[name].sum() for name in ("forward_kl", "reverse_kl", "top1_agreement") if name in values}
+    return sums | {name: values[name].sum() for name in BETWEEN if name in values}
 
 
 def measure_cached(student_logits: Tensor, rows: SparseRows, about_teacher: dict[str, Tensor], targets: Tensor, num_bytes: Tensor) -> Sums:
@@ -164,7 +167,7 @@ def metrics(sums: Sums) -> dict[str, float]:
             if num_bytes:
                 found[f"{name}_bits_per_byte"] = nll / math.log(2) / num_bytes
             found[f"{name}_ece"] = expected_calibration_error(sums[f"{name}_calibration"], num_tokens)
-    for name in ("forward_kl", "reverse_kl", "top1_agreement"):
+    for name in BETWEEN:
         if name in sums:
             found[name] = sums[name].item() / num_tokens
     return found

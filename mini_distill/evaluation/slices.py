@@ -8,9 +8,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .language_model import Sums, add, metrics, totals
+
 ENTROPY_EDGES = (0.1, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0)
 SMALLEST_CONTEXT = 8
-FIELDS = ("student_nll", "teacher_nll", "forward_kl", "reverse_kl", "top1_agreement")
 
 
 class Slices:
@@ -22,7 +23,7 @@ class Slices:
 
     def __init__(self, labels: Sequence[str] = ()) -> None:
         self.labels = list(labels)
-        self.sums: dict[str, dict[str, float]] = {}
+        self.sums: dict[int, Sums] = {}
 
     def number(self, label: str) -> int:
         """The number of a part, which is new if need be."""
@@ -35,22 +36,16 @@ class Slices:
 
         Args:
             numbers: `(tokens,)` int64, which part each token belongs to.
-            values: Name -> `(tokens,)`; names other than `FIELDS` are passed over.
+            values: What `per_token` gives, and `num_bytes`.
         """
-        counted = {"tokens": torch.ones_like(numbers, dtype=torch.float64)} | {name: values[name] for name in FIELDS if name in values}
-        for name, value in counted.items():
-            sums = torch.zeros(len(self.labels), dtype=torch.float64, device=value.device).index_add(0, numbers, value)
-            for label, total in zip(self.labels, sums.tolist(), strict=True):
-                part = self.sums.setdefault(label, {})
-                part[name] = part.get(name, 0.0) + total
+        for number in numbers.unique().tolist():
+            part = {name: value[numbers == number] for name, value in values.items()}
+            sums = totals(part, part["num_bytes"])
+            self.sums[number] = add(self.sums[number], sums) if number in self.sums else sums
 
     def rows(self) -> list[dict[str, str | float]]:
-        """A row of means for each part that has tokens."""
-        return [
-            {"label": label, "tokens": sums["tokens"], **{name: sums[name] / sums["tokens"] for name in FIELDS if name in sums}}
-            for label in self.labels
-            if (sums := self.sums.get(label, {"tokens": 0.0}))["tokens"]
-        ]
+        """The metrics of each part that has tokens, with its `label`."""
+        return [{"label": self.labels[number], **metrics(self.sums[number])} for number in sorted(self.sums)]
 
 
 class PositionSlices(Slices):
