@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 
-from .config import CacheCommand, Config, EvaluateCommand
+from .config import CacheCommand, Config, EvaluateCommand, PlanCommand
 from .contract import build_config
 from .errors import ConfigError, MiniDistillError, Preempted
 from .overrides import missing_preset, prepare_overrides, run_name
@@ -22,6 +22,13 @@ from .overrides import missing_preset, prepare_overrides, run_name
 if TYPE_CHECKING:
     from hydra.errors import MissingConfigException
     from yaml import MarkedYAMLError
+
+
+CONTRACTS = {"contract": Config, "cache_contract": CacheCommand, "evaluate_contract": EvaluateCommand, "plan_contract": PlanCommand}
+"""The settings of each verb by the name under which its YAML file takes their defaults."""
+
+RESULTS = {Config: "runs", EvaluateCommand: "evaluations"}
+"""Where what comes out of a verb goes when `output_dir` is not given."""
 
 
 def config_dir() -> Path:
@@ -91,8 +98,8 @@ def _checked(composed: DictConfig, overrides: Callable[[], Sequence[str]], schem
     if schema is EvaluateCommand:
         composed = with_settings_of_run(composed, overrides())
     config = build_config(composed, schema)
-    if getattr(config, "output_dir", "") is None:
-        config.output_dir = f"{'runs' if schema is Config else 'evaluations'}/{run_name(overrides())}"
+    if schema in RESULTS and config.output_dir is None:
+        config.output_dir = f"{RESULTS[schema]}/{run_name(overrides())}"
     return config
 
 
@@ -172,7 +179,7 @@ def _store_contract() -> None:
     """Every setting with its default, under the presets, so that --help and --cfg show them all."""
     from hydra.core.config_store import ConfigStore
 
-    for name, schema in (("contract", Config), ("cache_contract", CacheCommand), ("evaluate_contract", EvaluateCommand)):
+    for name, schema in CONTRACTS.items():
         ConfigStore.instance().store(name=name, node=OmegaConf.to_container(OmegaConf.structured(schema)))
 
 

@@ -271,6 +271,23 @@ class Config:
 
 
 @dataclass
+class PlanConfig:
+    """What `python -m mini_distill.plan` reckons with. Left null, it is that of this machine."""
+
+    num_devices: int = option(1, "Devices, each with a copy of the student (torchrun)", at_least=1)
+    memory_gib: float | None = option(None, "Memory of a device, in GiB; null: what is free here now", above=0)
+    matmul_tflops: float | None = option(None, "Rate of matrix products of a device, in 10^12 operations a second; null: the step's operations are timed here", above=0)
+    memory_gb_per_second: float | None = option(None, "Rate at which a device reads and writes its memory, in 10^9 bytes a second; with matmul_tflops", above=0)
+
+
+@dataclass
+class PlanCommand(Config):
+    """Everything `python -m mini_distill.plan` can be told: the settings of a training, and what to reckon with."""
+
+    plan: PlanConfig = field(default_factory=PlanConfig)
+
+
+@dataclass
 class CacheCommand:
     """Everything `python -m mini_distill.cache` can be told."""
 

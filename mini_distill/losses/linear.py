@@ -39,7 +39,8 @@ def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     if type(module) is not nn.Linear or "forward" in vars(module):
         return False
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return not any(hooks) and all(type(p) in (nn.Parameter, Tensor) for p in module.parameters())
+    ordinary = (nn.Parameter, Tensor)
+    return not any(hooks) and all(type(p) in ordinary or hasattr(p, "fake_mode") for p in module.parameters())  # or stands for one
 
 
 class Head(Protocol):

@@ -13,8 +13,9 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from ..errors import ModelError
@@ -99,6 +100,35 @@ def load_causal_lm(
     return model.eval()
 
 
+def weightless_causal_lm(
+    path: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    gated: bool = False,
+    where: str = "teacher.path",
+) -> PreTrainedModel:
+    """What `load_causal_lm` gives, on the meta device: its parameters have shapes and no values, and config.json alone is read.
+
+    Raises:
+        ModelError: the folder, its configuration, the architecture or the hub is missing or wrong.
+    """
+    folder = _folder(path, where)
+    if folder is not None:
+        _check_config_file(folder, where)
+    origin = path if folder is None else str(folder)
+    with _library_errors(where, path, folder is None, gated), quiet(), torch.device("meta"):
+        config = AutoConfig.from_pretrained(
+            origin, revision=revision, trust_remote_code=trust_remote_code, local_files_only=folder is not None
+        )
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, dtype), attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+        )
+    return model.eval()
+
+
 def _folder(path: str, where: str) -> Path | None:
     """The folder that `path` names; None when it can only be a hub id.
 
@@ -156,12 +186,16 @@ def _without_place(model: PreTrainedModel, unexpected: Iterable[str]) -> list[st
 
 def _check_folder(folder: Path, where: str) -> None:
     """What can be told from the files before a weight is read."""
+    _check_config_file(folder, where)
+    _check_weight_files(folder, where)
+
+
+def _check_config_file(folder: Path, where: str) -> None:
     config_file = folder / "config.json"
     if not config_file.exists():
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
         raise ModelError(where, f"no config.json in '{folder}' (found {found})", "Give the folder that save_pretrained wrote.")
     _read_object(config_file)
-    _check_weight_files(folder, where)
 
 
 def _read_object(file: Path) -> dict[str, Any]:
