@@ -22,7 +22,7 @@ import pytest
 import safetensors.torch
 import torch
 from caches import KINDS, build, cache_command, cache_config, cache_module, change_column, content
-from faults import count_operations, in_child
+from faults.injection import count_operations, in_child
 from runs import before_step, copy_of, fork, forks, in_processes, rows, run, send, wait
 
 from mini_distill.cli import load_config, report

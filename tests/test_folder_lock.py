@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from faults import in_child, killed_before_operation
+from faults.injection import in_child, killed_before_operation
 
 from mini_distill.errors import StorageError
 from mini_distill.folder_lock import LOCK, FolderLock

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from faults import count_operations
+from faults.injection import count_operations
 from runs import (
     before_step,
     checkpoint_steps,

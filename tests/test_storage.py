@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from faults import count_operations, in_child, killed_before_operation, with_file_size_limit
+from faults.injection import count_operations, in_child, killed_before_operation, with_file_size_limit
 
 from mini_distill.errors import StorageError
 from mini_distill.storage import (

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from caches import change_column
-from faults import killed_before_operation, with_file_size_limit
+from faults.injection import killed_before_operation, with_file_size_limit
 
 from mini_distill.errors import CacheError, StorageError
 from mini_distill.storage import atomic_folder, remove_stale_temporaries

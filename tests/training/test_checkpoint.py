@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from faults import killed_before_operation, with_file_size_limit
+from faults.injection import killed_before_operation, with_file_size_limit
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from faults import count_operations, in_child, killed_before_operation, with_file_size_limit
+from faults.injection import count_operations, in_child, killed_before_operation, with_file_size_limit
 
 from mini_distill.errors import DataError, NumericsError, Preempted, StorageError
 from mini_distill.training.run_folder import RunFolder
