@@ -113,6 +113,13 @@ def column_of_rows(config: DataConfig, column: str) -> dict[str, str]:
     return {row.origin: str(row.columns[column]) for row in rows if column in row.columns}
 
 
+def is_prepared(config: DataConfig, tokenizer: PreTrainedTokenizerBase, where: str = "data") -> bool:
+    """Whether `prepare_data` would find everything tokenised."""
+    if config.source == "mixture":
+        return all(is_prepared(part, tokenizer, f"{where}.mixture.{name}") for name, (part, _) in mixture_parts(config).items())
+    return _is_good(_open(config, tokenizer, where).folder)
+
+
 def cache_folder(config: DataConfig) -> Path:
     """Where tokenised data is kept: `data.cache_dir`, $MINI_DISTILL_CACHE, or ~/.cache/mini_distill."""
     default = os.environ.get("MINI_DISTILL_CACHE") or Path.home() / ".cache" / "mini_distill"

@@ -1,0 +1,157 @@
+"""What a run needs of a device: bytes, operations, seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from ..config import PlanCommand
+from ..losses.linear import MEMORY_MIB, TILE
+from ..training.objective import build_objective
+from .machine import Rates, Stopwatch, given_rates, seconds_of
+from .models import Models
+from .step import PHASES, is_asked, trace_evaluation, trace_step
+from .trace import Trace
+
+PROCESS_BYTES = 50_000_000
+"""Of a process on a CPU besides: libraries that are imported late, the tokenizer, the tokenised data (docs/plan.md)."""
+PASSES = 12
+"""Over the logits of both models, for the terms of an objective and their gradient, where they are not timed."""
+
+
+@dataclass
+class Needs:
+    """Of one micro-batch size, on one device.
+
+    Args:
+        models: Without their weights.
+        config: Settings of the run.
+        batch_size: Sequences of the micro-batch.
+        supervised_share: Supervised tokens over all positions.
+        vocab_size: Tokens of the tokenizer.
+        on_gpu: Whether the device is an accelerator.
+    """
+
+    models: Models
+    config: PlanCommand
+    batch_size: int
+    supervised_share: float
+    vocab_size: int
+    on_gpu: bool
+
+    @property
+    def tokens(self) -> int:
+        """Supervised ones of the micro-batch."""
+        return max(1, round(self.batch_size * self.config.data.seq_len * self.supervised_share))
+
+    @cached_property
+    def step(self) -> Trace:
+        """A micro-batch and the update after it."""
+        return trace_step(self.models, self.config, self.batch_size, self.tokens, self.vocab_size, self.on_gpu)
+
+    @cached_property
+    def evaluation(self) -> Trace:
+        """A batch of held-out text."""
+        tokens = max(1, round(self.config.evaluation.batch_size * self.config.data.seq_len * self.supervised_share))
+        return trace_evaluation(self.models, self.config, tokens, self.vocab_size)
+
+    def resized(self, batch_size: int) -> Needs:
+        """The same with another micro-batch."""
+        other = replace(self, batch_size=batch_size)
+        other.__dict__["evaluation"] = self.evaluation  # which has a size of its own
+        return other
+
+    # ------------------------------------------------------------------------------------------------------------------ memory
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of a device by what they are for; `total` is the most at a time, in a step or in an evaluation."""
+        teacher, student = self.models.teacher, self.models.student
+        trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        gradients = sum(parameter.numel() * parameter.element_size() for parameter in trainable)
+        on_device = self.config.teacher.device == "auto"  # else the teacher's weights are elsewhere
+        budget = (self.config.objective.logits_memory_mib or MEMORY_MIB["cuda" if self.on_gpu else "cpu"]) * 2**20
+        held = {
+            "teacher_weights": _weights(teacher) if teacher is not None and on_device else 0,
+            "student_weights": _weights(student),
+            "moments": 2 * gradients,
+            "exchange": gradients if self.config.plan.num_devices > 1 else 0,  # the buckets that DDP sends
+            "process": 0 if self.on_gpu else PROCESS_BYTES,
+        }
+        at_work = max(self.step.peaks.get(phase, 0) for phase in PHASES[:-1])
+        evaluation = max(self.evaluation.peaks.values())
+        parts = {
+            **held,
+            "gradients": gradients,
+            "activations": self.step.after["student"],
+            "logits": int(min(budget, 2 * 4 * self.vocab_size * self.tokens)),
+            "step": at_work,
+            "evaluation": evaluation,
+        }
+        return parts | {"total": sum(held.values()) + max(at_work, evaluation)}
+
+    # -------------------------------------------------------------------------------------------------------------- operations
+
+    def flops(self) -> dict[str, float]:
+        """Of a micro-batch by phase: matrix products and attention."""
+        return {phase: self.step.flops(phase) for phase in PHASES if self.step.flops(phase)}
+
+    def seconds(self, device: torch.device) -> dict[str, float]:
+        """Of a micro-batch by phase, of the update, and of one batch of evaluation."""
+        plan = self.config.plan
+        clock: Rates | Stopwatch
+        if plan.matmul_tflops is not None and plan.memory_gb_per_second is not None:
+            clock = given_rates(plan.matmul_tflops, plan.memory_gb_per_second)
+            terms = PASSES * 4 * self.tokens * self.vocab_size / clock.bytes
+        else:
+            clock, terms = Stopwatch(device), self._seconds_of_terms(device)
+        spent = {phase: _sum(clock, self.step, phase) for phase in PHASES}
+        spent["loss"] += terms
+        return spent | {"evaluation": _sum(clock, self.evaluation, "evaluation")}
+
+    def _seconds_of_terms(self, device: torch.device) -> float:
+        """The terms of the objective and their gradient, on a few rows of made-up logits."""
+        objective = build_objective(self.config.objective, self.config.trainer, on_gpu=False)
+        if self.models.teacher is None or not is_asked(self.config):
+            objective.divergences = []  # against sparse targets they cost little
+        if not objective.names:
+            return 0.0
+        rows = min(self.tokens, max(1, torch.get_num_threads(), TILE // self.vocab_size))
+        student = torch.randn(rows, self.vocab_size, device=device).requires_grad_()
+        teacher, targets = torch.randn_like(student), torch.zeros(rows, dtype=torch.long, device=device)
+
+        def call() -> Any:
+            with torch.enable_grad():
+                return torch.autograd.grad(objective(student, teacher, targets).loss, student)
+
+        return self.tokens / rows * seconds_of(call, device)
+
+
+def _weights(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def _sum(clock: Rates | Stopwatch, trace: Trace, phase: str) -> float:
+    return sum(operation.count * clock.seconds(operation) for operation in trace.operations(phase))
+
+
+def largest_micro_batch(needs: Needs, available: int, most: int = 2**16) -> tuple[int, int]:
+    """The largest micro-batch whose memory fits, to three parts in a hundred, and its bytes; 0 where not even one sequence does.
+
+    Memory grows in straight pieces, so that a line through two sizes leads near the limit.
+    """
+    known = {size: needs.resized(size).memory()["total"] for size in (1, needs.batch_size, 2 * needs.batch_size)}
+    if known[1] > available:
+        return 0, known[1]
+    for _ in range(8):
+        low = max(size for size in known if known[size] <= available)
+        high = min((size for size in known if known[size] > available), default=None)
+        if low == most or (high is not None and high - low <= max(1, low // 32)):
+            break
+        first, second = (low, high) if high is not None else sorted(known)[-2:]
+        slope = max(1.0, (known[second] - known[first]) / (second - first))
+        guess = min(max(first + int((available - known[first]) / slope), low + 1), most if high is None else high - 1)
+        known[guess] = needs.resized(guess).memory()["total"]
+    return low, known[low]
