@@ -18,6 +18,7 @@ if __name__ == "__main__":
     run_command(f"mini_distill.cache:{action}", config_name="cache", schema=CacheCommand)
 
 import json
+import sys
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -45,6 +46,7 @@ from .losses.sparse import SMALLEST_TAIL, SampledRows, TopKRows
 from .models.head import embedding_rows
 from .models.identity import weights_fingerprint
 from .models.packed_documents import check_documents_kept_apart
+from .run import CallableCache
 from .storage import atomic_write_text, size_text, verify_folder
 from .teachers.cache_build import CacheBuilder
 from .teachers.cache_identity import identity, read_description, write_description
@@ -272,3 +274,6 @@ def _spread(rows: TopKRows, vocab_size: int) -> Tensor:
     """Log-probabilities of the whole vocabulary, those that are not listed alike."""
     rest = (rows.tail.clamp(min=SMALLEST_TAIL) / max(1, vocab_size - rows.ids.shape[1])).log()[:, None]
     return rest.repeat(1, vocab_size).scatter(-1, rows.ids, rows.log_probs)
+
+
+sys.modules[__name__].__class__ = CallableCache  # import mini_distill as md; md.cache(["cache.dir=targets"])

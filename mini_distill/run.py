@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .cli import load_config
-from .config import Config
+from .config import CacheCommand, Config, EvaluateCommand
 from .errors import ConfigError
 
 if TYPE_CHECKING:
@@ -62,6 +62,22 @@ class Run:
         from .models.loading import load_causal_lm
 
         return load_causal_lm(str(self._student_folder), where="path")
+
+    @cached_property
+    def teacher(self) -> PreTrainedModel | None:
+        """The run's teacher, in eval mode on the CPU; None where it had none of its own (cached, server, none)."""
+        import torch
+
+        from .config import TeacherConfig
+        from .teachers.load import load_teacher
+
+        model = load_teacher(TeacherConfig(**self.config["teacher"]), torch.device("cpu"))
+        return None if model is None else model.eval()
+
+    @cached_property
+    def details(self) -> dict[str, Any]:
+        """`slices`, `reliability`, `differences` and `samples`: what is measured and is not a flat number."""
+        return self._json("details.json")
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -155,6 +171,17 @@ def load_run(path: Path | str) -> Run:
     return Run(path)
 
 
+def checked(config: Any, config_name: str, schema: type) -> Any:
+    """A checked configuration of a verb, from one or from overrides as on the command line.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    if isinstance(config, str):
+        raise ConfigError("config", f"got the text '{config}', expected a list of overrides", f"Give ['{config}'].")
+    return config if isinstance(config, schema) else load_config(config, config_name, schema)
+
+
 class CallableTrain(ModuleType):
     """The module `mini_distill.train`, which Python also binds to the package's name `train`: so that can be called, too."""
 
@@ -167,8 +194,38 @@ class CallableTrain(ModuleType):
         Raises:
             MiniDistillError: any problem that is the user's to mend.
         """
-        if isinstance(config, str):
-            raise ConfigError("config", f"got the text '{config}', expected a list of overrides", f"Give ['{config}'].")
-        config = config if isinstance(config, Config) else load_config(config)
+        config = checked(config, "train", Config)
         self.train(config)
         return Run(str(config.output_dir))
+
+
+class CallableCache(ModuleType):
+    """The module `mini_distill.cache`, which can be called in the same way."""
+
+    def __call__(self, config: CacheCommand | Sequence[str] = ()) -> dict[str, Any]:
+        """Write a teacher's targets down, and give the summary: tokens, bytes per token, captured mass, seconds.
+
+        Args:
+            config: Overrides as on the command line (`["cache.dir=targets", "cache.k=16"]`), or a checked configuration.
+
+        Raises:
+            MiniDistillError: any problem that is the user's to mend.
+        """
+        summary: dict[str, Any] = self.build(checked(config, "cache", CacheCommand))
+        return summary
+
+
+class CallableEvaluate(ModuleType):
+    """The module `mini_distill.evaluate`, which can be called in the same way."""
+
+    def __call__(self, config: EvaluateCommand | Sequence[str] = ()) -> dict[str, Any]:
+        """Measure a model, and give every number, keyed like the metrics.
+
+        Args:
+            config: Overrides as on the command line (`["model=runs/default"]`), or a checked configuration.
+
+        Raises:
+            MiniDistillError: any problem that is the user's to mend.
+        """
+        summary: dict[str, Any] = self.evaluate(checked(config, "evaluate", EvaluateCommand))
+        return summary

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import logging
 import signal
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from transformers import LlamaForCausalLM
 
 import mini_distill as md
 from mini_distill.errors import ConfigError
@@ -57,6 +62,73 @@ def test_what_is_not_there_is_named(tiny_command: list[str], tmp_path: Path) -> 
     (run.path / "student").rename(tmp_path / "elsewhere")
     with pytest.raises(ConfigError, match="no student yet"):
         _ = run.student
+
+
+def test_a_run_works_inside_a_running_event_loop(tiny_command: list[str], tmp_path: Path) -> None:
+    """As in a notebook, whose cells run inside the loop of its kernel."""
+
+    async def cell() -> md.Run:
+        return md.train([*tiny_command, *SHORT, f"output_dir={tmp_path / 'run'}"])
+
+    assert asyncio.run(cell()).status["state"] == "finished"
+
+
+def test_runs_in_one_process_leave_no_model_and_no_hook_behind(tiny_command: list[str], tmp_path: Path) -> None:
+    """Models of a run that has ended would fill the memory of a notebook; matching watches the layers of both by hooks."""
+
+    def models() -> int:
+        gc.collect()
+        return sum(issubclass(type(thing), LlamaForCausalLM) for thing in gc.get_objects())
+
+    matching = ["objective.terms.hidden_mse.weight=1", "tracking=none"]
+    before = models()
+    for name in ("a", "b"):
+        run = md.train([*tiny_command, *SHORT, *matching, f"output_dir={tmp_path / name}"])
+    assert models() == before
+    assert run.student is not None and models() == before + 1
+
+
+def test_what_a_cell_defines_is_used_by_its_name(tiny_command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notebook's cells are the module `__main__`: a divergence, a data source and a hook of the user's own, without a file."""
+    cell = ModuleType("__main__")
+    exec(CELL, cell.__dict__)
+    monkeypatch.setitem(sys.modules, "__main__", cell)
+    names = ["objective.divergence=__main__.hellinger", "data.source=__main__.Lines", "evaluation.hooks=[__main__.number_of_layers]"]
+    free = [override for override in tiny_command if not override.startswith("data")]
+    run = md.train([*free, "data=jsonl", *names, "data.seq_len=32", "data.path=null", *SHORT, f"output_dir={tmp_path / 'run'}"])
+    assert run.metrics["train/hellinger"].iloc[-1] > 0 and run.summary["eval/layers"] == 1 and run.summary["data/rows_read"] == 40
+
+
+CELL = """
+from mini_distill.data.row import Row
+
+def hellinger(student_logits, teacher_logits, temperature=1.0):
+    p, q = ((logits / temperature).softmax(-1) for logits in (teacher_logits, student_logits))
+    return 1 - (p * q).sqrt().sum(-1)
+
+class Lines:
+    def __init__(self, config):
+        self.lines = [f"line {i} of my own" for i in range(40)]
+    def rows(self):
+        return (Row(f"line {i}", {"text": line}) for i, line in enumerate(self.lines))
+    def fingerprint(self):
+        return {"lines": self.lines}
+
+def number_of_layers(context):
+    return {"layers": context.student.config.num_hidden_layers}
+"""
+
+
+def test_a_cache_is_written_and_a_run_measured_from_python(tiny_command: list[str], tmp_path: Path) -> None:
+    own = [override for override in tiny_command if override.startswith(("teacher", "data"))]
+    summary = md.cache([*own, f"cache.dir={tmp_path / 'cache'}", "cache.kind=full"])
+    assert summary["cache/tokens"] > 0
+    run = md.train([*tiny_command, *SHORT, f"teacher.cache_dir={tmp_path / 'cache'}", f"output_dir={tmp_path / 'run'}"])
+    assert run.teacher is not None and run.details["samples"] == []
+    measured = md.evaluate([f"model={run.path}", "evaluation.speed=false", "evaluation.num_samples=0"])
+    assert measured["eval/student_perplexity"] > 1
+    with pytest.raises(ConfigError, match="list of overrides"):
+        md.cache("cache.dir=there")
 
 
 def test_public_names_lead_where_they_say() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from tqdm import tqdm
 
@@ -12,13 +13,14 @@ LINES = 20  # over a whole run, where there is no terminal
 SECONDS_BETWEEN_LINES = 30.0
 SHORT = {"learning_rate": "lr", "tokens_per_second": "tokens/s"}
 LEFT_OUT = ("tokens", "seconds")
+NOTEBOOK_COLUMNS = 120  # a cell has no width to ask for
 
 
 class TrainingProgress:
     """`with TrainingProgress(total, first) as progress: progress.update(step, metrics)`.
 
-    In a terminal a live line: step, loss terms, learning rate, tokens per second, time left. Elsewhere, as in the log of a
-    cluster job, a plain line every twentieth of the run and at least every 30 seconds.
+    In a terminal and in a notebook a live line: step, loss terms, learning rate, tokens per second, time left. Elsewhere, as in
+    the log of a cluster job, a plain line every twentieth of the run and at least every 30 seconds.
 
     Args:
         total_steps: The last step.
@@ -29,11 +31,11 @@ class TrainingProgress:
     def __init__(self, total_steps: int, first_step: int = 1, is_main: bool = True) -> None:
         self._total = total_steps
         self._is_main = is_main
-        self._live = is_main and sys.stderr.isatty()
+        notebook = in_notebook()
+        self._live = is_main and (notebook or sys.stderr.isatty())
         done = first_step - 1
-        self._bar = tqdm(
-            total=total_steps, initial=done, desc="train", unit="step", dynamic_ncols=True, disable=not self._live, file=sys.stderr
-        )
+        look: dict[str, Any] = {"ncols": NOTEBOOK_COLUMNS, "mininterval": 0.5} if notebook else {"dynamic_ncols": True}
+        self._bar = tqdm(total=total_steps, initial=done, desc="train", unit="step", disable=not self._live, file=sys.stderr, **look)
         self._start_step, self._start_time = done, time.monotonic()
         self._said_step, self._said_time = done, self._start_time
 
@@ -64,6 +66,12 @@ class TrainingProgress:
     def _time_left(self, step: int) -> str:
         pace = (time.monotonic() - self._start_time) / max(1, step - self._start_step)
         return tqdm.format_interval(pace * (self._total - step))
+
+
+def in_notebook() -> bool:
+    """Whether what is written to stderr appears under a cell, where a line is overwritten as in a terminal."""
+    kernel = sys.modules.get("ipykernel.iostream")  # not imported for this: elsewhere it is not there
+    return kernel is not None and isinstance(sys.stderr, kernel.OutStream)
 
 
 def describe(metrics: Mapping[str, float]) -> str:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import sys
+from types import ModuleType
 
 import pytest
 
@@ -66,6 +67,19 @@ def test_a_terminal_gets_one_live_line_that_starts_where_the_run_goes_on(monkeyp
             progress.update(step, METRICS)
     text = stderr.getvalue()
     assert "\r" in text and "5/10" in text and "10/10" in text and "evaluating …\n" in text and "loss 2.346" in text
+
+
+def test_a_notebook_gets_a_live_line_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cell's stderr is no terminal, but `\\r` begins its line anew."""
+    kernel = ModuleType("ipykernel.iostream")
+    kernel.OutStream = io.StringIO  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "ipykernel.iostream", kernel)
+    stderr = use(io.StringIO(), monkeypatch)
+    with TrainingProgress(10) as progress:
+        for step in range(1, 11):
+            progress.update(step, METRICS)
+    text = stderr.getvalue()
+    assert "\r" in text and "10/10" in text and "loss 2.346" in text and max(map(len, text.split("\r"))) <= 121
 
 
 @pytest.mark.parametrize("stream", [Terminal, io.StringIO])
