@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from faults.twins import Twins
 from tokenizers import Tokenizer, decoders, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -92,3 +93,15 @@ def tiny_command(tiny_teacher: Path, tiny_corpus: Path) -> Iterator[list[str]]:
     with pytest.MonkeyPatch.context() as patch:  # speed is measured for two seconds otherwise
         patch.setattr(result, "forward_tokens_per_second", partial(result.forward_tokens_per_second, seconds=0.0))
         yield command
+
+
+@pytest.fixture(scope="session")
+def twins(tiny_command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Twins:
+    """Tiny runs of many kinds that nothing ever disturbed, to compare others with."""
+    return Twins(tiny_command, tmp_path_factory.mktemp("twins"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(twins: Twins) -> Callable[[str], Path]:
+    """The folder of the run of a kind that was never stopped."""
+    return twins.undisturbed

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -20,8 +23,10 @@ from typing import Any
 import pytest
 import torch
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM
 
 from mini_distill.cli import load_config, report
+from mini_distill.config import Config
 from mini_distill.errors import MiniDistillError
 
 TESTS = Path(__file__).parent
@@ -31,7 +36,13 @@ forks = pytest.mark.skipif(torch.cuda.is_available(), reason="a process that has
 
 def run(command: list[str], output_dir: Path, *more: str) -> dict[str, Any]:
     """Train in this process, as the command line would; gives the summary."""
-    return train_module.train(load_config([*command, f"output_dir={output_dir}", *more]))
+    return train_module.train(dataclasses.replace(copy.deepcopy(checked((*command, *more))), output_dir=str(output_dir)))
+
+
+@functools.cache
+def checked(command: tuple[str, ...]) -> Config:
+    """The configuration of a command without `output_dir`: composing it takes longer than the tiny runs themselves."""
+    return load_config(list(command))
 
 
 def steps_of(run_folder: Path) -> list[int]:
@@ -58,6 +69,12 @@ def copy_of(run_folder: Path, target: Path) -> Path:
     """The same run somewhere else."""
     shutil.copytree(run_folder, target)
     return target
+
+
+def weight_norm(run_folder: Path) -> float:
+    """The squared norm of the student that a run left behind."""
+    model = AutoModelForCausalLM.from_pretrained(run_folder / "student")
+    return sum(p.double().square().sum().item() for p in model.parameters())
 
 
 @contextmanager

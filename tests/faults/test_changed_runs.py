@@ -1,0 +1,119 @@
+"""A run does not go on with other settings, data, tokenizer or teacher than it began with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from runs import (
+    copy_of,
+    rows,
+    run,
+    status,
+    weight_norm,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from faults.twins import crash_before
+from mini_distill.digest import digest_run
+from mini_distill.errors import ConfigError
+
+
+def variant_of_corpus(corpus: Path, folder: Path) -> Path:
+    lines = corpus.read_text().splitlines()
+    (folder / "other.jsonl").write_text("\n".join([json.dumps({"text": "the cat sat on another mat"}), *lines[1:]]) + "\n")
+    return folder / "other.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "old", "new"),
+    [
+        ("trainer.learning_rate=0.02", "trainer.learning_rate", "0.01", "0.02"),
+        ("seed=7", "seed", "0", "7"),
+        ("trainer.micro_batch_size=8", "trainer.micro_batch_size", "4", "8"),
+        ("trainer.grad_accum_steps=2", "global_batch_size", "4", "8"),
+        ("objective=jsd", "objective.divergence", "forward_kl", "jsd"),
+        ("objective.temperature=2", "objective.temperature", "1.0", "2.0"),
+        ("data.seq_len=16", "data.seq_len", "32", "16"),
+        ("trainer.max_steps=8", "trainer.max_steps", "6", "8"),
+        ("trainer.precision=bf16", "trainer.precision", "fp32", "bf16"),
+    ],
+)
+def test_changed_setting_is_refused_with_old_and_new_value(
+    override: str, key: str, old: str, new: str, tiny_command: list[str], tmp_path: Path, undisturbed: Callable[[str], Path]
+) -> None:
+    """Trainers of others took another batch size, seed or data without a word, and ignored a new learning rate."""
+    folder = copy_of(undisturbed("plain"), tmp_path / "run")
+    before = digest_run(folder)
+    with pytest.raises(ConfigError) as caught:
+        run(tiny_command, folder, override)
+    (problem,) = [problem for problem in caught.value.problems if problem.where == key]
+    assert old in problem.what and new in problem.what and f"resume_allow=[{key}]" in problem.remedy
+    assert digest_run(folder) == before or status(folder)["state"] == "failed"
+
+
+def test_changed_data_file_is_refused(tiny_command: list[str], tiny_corpus: Path, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    shutil.copy(tiny_corpus, corpus)
+    crash_before(4, [*tiny_command, f"data.path={corpus}"], tmp_path / "run")
+    shutil.copy(variant_of_corpus(tiny_corpus, tmp_path), corpus)  # the same name, one row changed
+    with pytest.raises(ConfigError, match=r"^data\.") as caught:
+        run([*tiny_command, f"data.path={corpus}"], tmp_path / "run")
+    assert "resume_allow=[data]" in str(caught.value)
+
+
+def test_one_changed_teacher_weight_is_refused(tiny_command: list[str], tiny_teacher: Path, tmp_path: Path) -> None:
+    teacher = copy_of(tiny_teacher, tmp_path / "teacher")
+    command = [*tiny_command, f"teacher.path={teacher}"]
+    crash_before(4, command, tmp_path / "run")
+    model = AutoModelForCausalLM.from_pretrained(teacher)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] += 0.25
+    model.save_pretrained(teacher)
+    with pytest.raises(ConfigError, match=r"^teacher"):
+        run(command, tmp_path / "run")
+
+
+def test_changed_tokenizer_is_refused(tiny_command: list[str], tiny_teacher: Path, tmp_path: Path) -> None:
+    teacher = copy_of(tiny_teacher, tmp_path / "teacher")
+    command = [*tiny_command, f"teacher.path={teacher}"]
+    crash_before(4, command, tmp_path / "run")
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(teacher)
+    with pytest.raises(ConfigError) as caught:
+        run(command, tmp_path / "run")
+    assert "tokenizer" in [problem.where for problem in caught.value.problems]
+
+
+def test_harmless_settings_may_change(tiny_command: list[str], tmp_path: Path, undisturbed: Callable[[str], Path]) -> None:
+    crash_before(4, tiny_command, tmp_path / "run")
+    moved = tmp_path / "moved"
+    (tmp_path / "run").rename(moved)
+    run(tiny_command, moved, "trainer.save_every=1", "trainer.keep_checkpoints=5", "data.num_workers=1", "evaluation.num_samples=0")
+    assert digest_run(moved) == digest_run(undisturbed("plain"))
+
+
+def test_allowed_learning_rate_is_really_used(tiny_command: list[str], tmp_path: Path) -> None:
+    """A trainer of others accepted the new value and went on with the one in its checkpoint."""
+    constant = [*tiny_command, "trainer.schedule=constant", "trainer.save_every=3"]
+    crash_before(4, constant, tmp_path / "run")
+    run(constant, tmp_path / "run", "trainer.learning_rate=0.002", "resume_allow=[trainer.learning_rate]")
+    rates = [row["train/learning_rate"] for row in rows(tmp_path / "run") if row["step"]]
+    assert rates == pytest.approx([0.01] * 3 + [0.002] * 3)
+    run(constant, tmp_path / "other")
+    assert digest_run(tmp_path / "run") != digest_run(tmp_path / "other")
+
+
+def test_allowed_weight_decay_reaches_the_optimizer(tiny_command: list[str], tmp_path: Path) -> None:
+    for name, decay in (("none", 0.0), ("heavy", 50.0)):
+        crash_before(4, [*tiny_command, "trainer.save_every=3"], tmp_path / name)
+        run(
+            [*tiny_command, "trainer.save_every=3"], tmp_path / name, f"trainer.weight_decay={decay}", "resume_allow=[trainer.weight_decay]"
+        )
+    norms = [weight_norm(tmp_path / name) for name in ("none", "heavy")]
+    assert norms[1] < 0.9 * norms[0]
