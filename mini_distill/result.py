@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,16 @@ from .evaluation.speed import forward_tokens_per_second, num_parameters
 from .evaluation.table import build_summary, format_table
 from .models.head import embedding_rows
 from .models.loading import quiet
-from .storage import atomic_folder
+from .storage import atomic_folder, verify_folder
 from .teachers.cached import CachedTeacher
+
+logger = logging.getLogger(__name__)
 
 
 def already_finished(d: Distillation, last_step: int, control: dict[str, Any] | None) -> dict[str, Any] | None:
     """The summary of a run that has nothing left to do, printed again; None otherwise."""
-    path = d.run.path / "summary.json"
-    if last_step < d.config.trainer.max_steps or not path.exists() or not (d.run.path / "student" / "config.json").exists():
+    if last_step < d.config.trainer.max_steps or (summary := _read_summary(d.run.path)) is None or not _is_whole(d.run.path / "student"):
         return None
-    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     if summary.get("train/steps") != last_step:
         return None  # written before the run was made longer
     if control is not None and not summary.items() >= against_control(summary, control).items():
@@ -71,6 +72,25 @@ def write_result(d: Distillation, control: dict[str, Any] | None = None) -> dict
         show(d, summary, samples)
     d.accelerator.wait_for_everyone()
     return summary
+
+
+def _read_summary(run: Path) -> dict[str, Any] | None:
+    """What `write_result` wrote last; None where it did not come so far, or the file is damaged."""
+    try:
+        summary = json.loads((run / "summary.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    return summary if isinstance(summary, dict) else None
+
+
+def _is_whole(student: Path) -> bool:
+    """Whether the student is there as it was written; one that is damaged is named, to be written again from the checkpoint."""
+    if not (student / "config.json").exists():
+        return False
+    problems = verify_folder(student, may_grow=True)
+    if problems:
+        logger.warning("%s: damaged (%s); it is written again", student, problems[0])
+    return not problems
 
 
 def export_weights(d: Distillation) -> int:

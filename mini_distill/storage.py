@@ -18,10 +18,13 @@ import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import MiniDistillError, StorageError
 from .processes import is_alive, this_host
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MANIFEST = "MANIFEST.json"
 
@@ -85,6 +88,21 @@ def atomic_write_text(path: Path | str, text: str) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
+
+
+def write_array(path: Path | str, values: np.ndarray) -> None:
+    """A new .npy file, as `np.save` writes it; which on a full disk cuts small files without a word, as its flush is not checked.
+
+    Raises:
+        OSError: the disk is full, …; the file is then to be thrown away.
+    """
+    from numpy import ascontiguousarray
+    from numpy.lib import format as npy
+
+    rows = ascontiguousarray(values)
+    with open(path, "xb") as file:
+        npy.write_array_header_1_0(file, npy.header_data_from_array_1_0(rows))
+        file.write(rows.data)
 
 
 @contextlib.contextmanager
@@ -256,11 +274,15 @@ def _delete(path: Path) -> None:
 # -------------------------------------------------------------------------------------------------------------------- verifying
 
 
-def verify_folder(path: Path | str) -> list[str]:
+def verify_folder(path: Path | str, may_grow: bool = False) -> list[str]:
     """What is wrong with a folder made by `atomic_folder`, one line each; empty when every file is as it was written.
 
     Files may be missing, added, of another size or content, or reached through a link that leaves the folder; a manifest
     may name files outside it. Nothing outside the folder is opened.
+
+    Args:
+        path: The folder.
+        may_grow: Whether files beside those of the manifest are fine.
     """
     folder = Path(path)
     try:
@@ -272,7 +294,8 @@ def verify_folder(path: Path | str) -> list[str]:
         return [f"{Path(error.filename or folder).name}: cannot be read: {error.strerror}"]
     except ValueError as error:
         return [f"{MANIFEST}: {error}"]
-    problems += [f"{name}: not in the manifest" for name in sorted(found - set(expected) - {MANIFEST})]
+    if not may_grow:
+        problems += [f"{name}: not in the manifest" for name in sorted(found - set(expected) - {MANIFEST})]
     return problems + [f"{name}: a link to another folder" for name in sorted(links)]
 
 

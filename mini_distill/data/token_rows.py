@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..storage import write_array
 from .row import Rendered
 
 TOKENS_AT_ONCE = 2**24
@@ -95,7 +96,7 @@ class TokenRowsWriter:
         for column in self.columns.values():
             column.close()
         for name, lengths in (("offset", self.lengths), ("origin_offset", self.origin_lengths)):
-            np.save(_file(self.folder, self.side, name), np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64))
+            write_array(_file(self.folder, self.side, name), np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64))
 
 
 class _FlatArray:

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from ..errors import ModelError
+from ..storage import MANIFEST, verify_folder
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 OFFLINE = "Without network: download it where there is one (hf download), and give the folder as path."
@@ -47,6 +48,8 @@ def load_tokenizer(
             f"no tokenizer in '{path}' (expected {', '.join(TOKENIZER_FILES[:3])})",
             "Save it there: tokenizer.save_pretrained(folder).",
         )
+    if folder is not None:
+        check_as_written(folder)
     with _library_errors(where, path, folder is None), quiet(downloads=folder is None):
         return AutoTokenizer.from_pretrained(
             path if folder is None else str(folder),
@@ -186,8 +189,20 @@ def _without_place(model: PreTrainedModel, unexpected: Iterable[str]) -> list[st
 
 def _check_folder(folder: Path, where: str) -> None:
     """What can be told from the files before a weight is read."""
+    check_as_written(folder)
     _check_config_file(folder, where)
     _check_weight_files(folder, where)
+
+
+def check_as_written(folder: Path) -> None:
+    """A folder with a manifest of ours, as a run's student has, holds what was written; others are believed.
+
+    Raises:
+        ModelError: it does not.
+    """
+    if (folder / MANIFEST).exists() and (problems := verify_folder(folder, may_grow=True)):
+        remedy = f"Run the run's command again to write the student again; or, if the change is meant, delete {folder / MANIFEST}."
+        raise ModelError(str(folder), f"damaged: {problems[0]}", remedy)
 
 
 def _check_config_file(folder: Path, where: str) -> None:

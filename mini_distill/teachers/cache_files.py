@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CacheError
-from ..storage import verify_folder
+from ..storage import verify_folder, write_array
 
 Columns = dict[str, np.ndarray]
 SEQUENCE_STARTS = "starts"
@@ -43,12 +43,9 @@ def shard_folder(cache: Path, side: str, number: int) -> Path:
 
 
 def write_columns(folder: Path, columns: Columns) -> None:
-    """One file a column, as `np.save` writes it, which on a full disk cuts small files without a word (its flush is not checked)."""
+    """One file a column."""
     for name, values in columns.items():
-        with open(folder / f"{name}.npy", "xb") as file:
-            rows = np.ascontiguousarray(values)
-            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(rows))
-            file.write(rows.data)
+        write_array(folder / f"{name}.npy", values)
 
 
 class Shard:

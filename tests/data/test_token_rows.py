@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from faults.injection import with_file_size_limit
 
 from mini_distill.data import token_rows
 from mini_distill.data.row import Rendered
@@ -63,3 +64,16 @@ def test_a_spawned_worker_gets_file_names_and_no_copy(tmp_path: Path) -> None:
     rows = write(tmp_path, [("a", rendered([3] * 50_000, [True] * 50_000))])
     sent = pickle.dumps(rows)
     assert len(sent) < 1000 and pickle.loads(sent).input_ids.tolist() == rows.input_ids.tolist()
+
+
+@pytest.mark.parametrize(("limit", "ending"), [(9000, 0), (6000, 1)])
+def test_no_file_is_cut_short_silently_on_a_full_disk(limit: int, ending: int, tmp_path: Path) -> None:
+    """`np.save` left out what did not fit, and said nothing; the manifest was then made of what was there."""
+
+    def write_many() -> None:
+        writer = TokenRowsWriter(tmp_path, "train", 100)
+        for _ in range(1000):
+            writer.add("", rendered([1], [True]))  # offsets take eight bytes a row, more than any other file
+        writer.close()
+
+    assert with_file_size_limit(limit, write_many) == ending
