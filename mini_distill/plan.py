@@ -38,7 +38,7 @@ from .planning.needs import Needs, largest_micro_batch
 from .planning.table import format_plan
 from .planning.tokens import DataSize, data_size
 from .redaction import redact
-from .storage import atomic_write_text
+from .storage import atomic_write_text, check_writable
 from .students.build import TeacherSizes
 from .teachers.cache_identity import read_description
 
@@ -90,10 +90,12 @@ def plan(config: PlanCommand) -> Plan:
     Raises:
         MiniDistillError: a setting, model configuration, tokenizer or data source that the training would refuse, too.
     """
+    folder = None if config.output_dir is None else Path(config.output_dir).expanduser()
+    if folder is not None:
+        check_writable(folder)
     made = make_plan(config)
     print(made)
-    if config.output_dir is not None:
-        folder = Path(config.output_dir).expanduser()
+    if folder is not None:
         settings = redact(dataclasses.asdict(config))
         atomic_write_text(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
         atomic_write_text(folder / "summary.json", json.dumps(made.summary() | {"notes": made.notes}, indent=2) + "\n")

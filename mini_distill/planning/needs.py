@@ -18,6 +18,8 @@ from .trace import Trace
 
 PROCESS_BYTES = 50_000_000
 """Of a process on a CPU besides: libraries that are imported late, the tokenizer, the tokenised data (docs/plan.md)."""
+HEAP_SHARE = 0.25
+"""What the heap of a process holds on a CPU beyond the small blocks that are alive, as a share of them (docs/plan.md)."""
 PASSES = 12
 """Over the logits of both models, for the terms of an objective and their gradient, where they are not timed."""
 
@@ -80,8 +82,8 @@ class Needs:
             "exchange": gradients if self.config.plan.num_devices > 1 else 0,  # the buckets that DDP sends
             "process": 0 if self.on_gpu else PROCESS_BYTES,
         }
-        at_work = max(self.step.peaks.get(phase, 0) for phase in PHASES[:-1])
-        evaluation = max(self.evaluation.peaks.values())
+        at_work = max(self._taken(self.step, phase) for phase in PHASES[:-1])
+        evaluation = self._taken(self.evaluation, "evaluation")
         parts = {
             **held,
             "gradients": gradients,
@@ -91,6 +93,11 @@ class Needs:
             "evaluation": evaluation,
         }
         return parts | {"total": sum(held.values()) + max(at_work, evaluation)}
+
+    def _taken(self, trace: Trace, phase: str) -> int:
+        """Bytes of a phase at its peak, with what the heap holds besides."""
+        gaps = 0 if self.on_gpu else HEAP_SHARE * trace.small_peaks.get(phase, 0)
+        return trace.peaks.get(phase, 0) + round(gaps)
 
     # -------------------------------------------------------------------------------------------------------------- operations
 
@@ -137,21 +144,25 @@ def _sum(clock: Rates | Stopwatch, trace: Trace, phase: str) -> float:
     return sum(operation.count * clock.seconds(operation) for operation in trace.operations(phase))
 
 
-def largest_micro_batch(needs: Needs, available: int, most: int = 2**16) -> tuple[int, int]:
+def largest_micro_batch(needs: Needs, available: int, most: int = 2**14) -> tuple[int, int]:
     """The largest micro-batch whose memory fits, to three parts in a hundred, and its bytes; 0 where not even one sequence does.
 
     Memory grows in straight pieces, so that a line through two sizes leads near the limit.
     """
-    known = {size: needs.resized(size).memory()["total"] for size in (1, needs.batch_size, 2 * needs.batch_size)}
-    if known[1] > available:
-        return 0, known[1]
+    known = {needs.batch_size: needs.memory()["total"]}
+    guess = 2 * needs.batch_size if known[needs.batch_size] <= available else 1
     for _ in range(8):
+        known[guess] = needs.resized(guess).memory()["total"]
+        if known[min(known)] > available:
+            return 0, known[min(known)]
         low = max(size for size in known if known[size] <= available)
         high = min((size for size in known if known[size] > available), default=None)
         if low == most or (high is not None and high - low <= max(1, low // 32)):
             break
         first, second = (low, high) if high is not None else sorted(known)[-2:]
         slope = max(1.0, (known[second] - known[first]) / (second - first))
-        guess = min(max(first + int((available - known[first]) / slope), low + 1), most if high is None else high - 1)
-        known[guess] = needs.resized(guess).memory()["total"]
+        reached = low + (available - known[low]) / slope
+        if high is not None and reached - low < max(1, low // 32):
+            break  # the line says that what lies between is not worth another look
+        guess = min(max(int(reached), low + 1), most if high is None else high - 1)
     return low, known[low]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,10 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from ..config import Config
+from ..errors import ModelError
 from ..evaluation.language_model import measure
 from ..evaluation.logit_chunks import MAX_CHUNK_LOGITS, MAX_CHUNK_TOKENS
 from ..losses.linear import MEMORY_MIB, linear_terms
 from ..models.head import OutputHead
+from ..models.loading import one_line
 from ..teachers.targets import DenseTargets
 from ..training.numerics import clip_gradient
 from ..training.optimizer import build_optimizer
@@ -128,10 +131,23 @@ def _nothing(student_logits: Tensor, teacher: Any, targets: Tensor) -> Tensor:
 
 
 def _hidden(model: PreTrainedModel, batch_size: int, seq_len: int) -> Tensor:
-    """`(batch · seq, hidden)`, with the mask that keeps packed documents apart."""
+    """`(batch · seq, hidden)`, with the mask that keeps packed documents apart.
+
+    Raises:
+        ModelError: what the model computes depends on numbers, or a kernel of its cannot be followed without any.
+    """
     ids = torch.zeros(batch_size, seq_len, dtype=torch.long)
     mask = torch.ones(batch_size, 1, seq_len, seq_len, dtype=torch.bool)
     if getattr(model.config, "_attn_implementation", "sdpa") == "eager":
         mask = mask.to(next(model.parameters()).dtype)  # what eager attention adds to the scores
-    hidden: Tensor = model.base_model(input_ids=ids, position_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    silent, logger.disabled = logger.disabled, True  # the error below says it in one line
+    try:
+        hidden: Tensor = model.base_model(input_ids=ids, position_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    except RuntimeError as error:
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        what = f"cannot be followed without its weights in {dtype} ({one_line(error)})"
+        raise ModelError(type(model).__name__, what, "Some mixtures of experts can in bfloat16: teacher.dtype=bfloat16.") from error
+    finally:
+        logger.disabled = silent
     return hidden.flatten(0, 1)

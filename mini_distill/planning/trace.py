@@ -21,6 +21,9 @@ from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 
+HEAP_BLOCK = 2**25
+"""The C library of Linux keeps smaller blocks in a heap, in whose gaps memory is held that nobody uses; larger ones stand alone."""
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -71,16 +74,18 @@ class Trace(TorchDispatchMode):
     Only storages made within are counted: weights that were there before are not.
 
     Attributes:
-        live: Bytes alive now.
+        live: Bytes alive now, and `small` those of them in storages below HEAP_BLOCK.
         peaks: The most within each phase.
+        small_peaks: The same of the storages below HEAP_BLOCK alone.
         after: Bytes alive at the end of each phase.
         phases: Name of a phase -> its operations.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = 0
+        self.live, self.small = 0, 0
         self.peaks: dict[str, int] = {}
+        self.small_peaks: dict[str, int] = {}
         self.after: dict[str, int] = {}
         self.phases: dict[str, dict[Any, Operation]] = {}
         self._phase, self._times = "", 1.0
@@ -122,13 +127,18 @@ class Trace(TorchDispatchMode):
             return
         size = storage.nbytes()
         self._known.add(key)
-        self.live += size
-        self.peaks[self._phase] = max(self.peaks.get(self._phase, 0), self.live)
+        self._add(size)
         weakref.finalize(storage, self._forget, key, size)
+
+    def _add(self, size: int) -> None:
+        self.live += size
+        self.small += size if abs(size) < HEAP_BLOCK else 0
+        self.peaks[self._phase] = max(self.peaks.get(self._phase, 0), self.live)
+        self.small_peaks[self._phase] = max(self.small_peaks.get(self._phase, 0), self.small)
 
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
-        self.live -= size
+        self._add(-size)
 
     def _note_operation(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
         leaves, structure = tree_flatten((args, kwargs))

@@ -1,0 +1,142 @@
+"""How near `python -m mini_distill.plan` comes: predicts memory and step time of several runs, then runs them and measures.
+
+python scripts/check_plan.py [--threads 1] [--steps 8] [--only name]
+
+Memory is the most that the process of a run held resident, evaluation included, above what it held when everything was imported;
+time is the median over the steps after the first two, of the processor where there is one thread, so that a machine with other work
+tells the same. The predictions of time are made before and after the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+LARGE = (
+    "student=mini_2m student.hidden_size=384 student.num_layers=6 student.num_heads=6 student.num_kv_heads=2 student.intermediate_size=1024"
+)
+RUNS = {
+    "embedded default": "",
+    "from scratch": "student=mini_2m",
+    "wider and deeper": LARGE,
+    "checkpointing": f"{LARGE} trainer.gradient_checkpointing=true",
+    "vocabulary of 32,768": "{vocabulary} student=mini_2m trainer.micro_batch_size=8",
+    "packing off": "data.packing=false student=mini_2m",
+    "teacher in bfloat16": "teacher.dtype=bfloat16 student=mini_2m",
+    "no teacher, long": f"{LARGE} objective=ce data.seq_len=512 trainer.micro_batch_size=8",
+}
+WARM_STEPS = 2
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch, in plan and run")
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps of each run")
+    parser.add_argument("--only", choices=list(RUNS), help="one of the runs")
+    parser.add_argument("--measure", nargs="*", help=argparse.SUPPRESS)  # in a process of its own
+    parser.add_argument("--predict", nargs="*", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure is not None:
+        print(json.dumps(measure(arguments.measure)))
+    elif arguments.predict is not None:
+        print(json.dumps(predict(arguments.predict)))
+    else:
+        print_table(arguments)
+
+
+def print_table(arguments: argparse.Namespace) -> None:
+    """A row for each run as it ends."""
+    print("| run | memory predicted | measured | | step predicted | measured | |\n|:--|--:|--:|--:|--:|--:|--:|")
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary = f"teacher=hf teacher.path={make_teacher(Path(folder) / 'teacher')}"
+        for name, settings in RUNS.items():
+            if arguments.only not in (None, name):
+                continue
+            overrides = settings.format(vocabulary=vocabulary).split()
+            overrides += [f"trainer.max_steps={arguments.steps}", "trainer.warmup_steps=1", f"trainer.num_threads={arguments.threads}"]
+            overrides += ["evaluation.max_batches=2", "evaluation.num_samples=0"]
+            before = in_own_process("--predict", overrides)
+            real = in_own_process("--measure", [*overrides, f"output_dir={folder}/{name.replace(' ', '_').replace(',', '')}"])
+            after = in_own_process("--predict", overrides)
+            seconds = (before["seconds"] + after["seconds"]) / 2
+            steps = f"{seconds:.2f} s ({before['seconds']:.2f}, {after['seconds']:.2f}) | {real['seconds']:.2f} s"
+            memory = f"{before['bytes'] / 1e6:.0f} MB | {real['bytes'] / 1e6:.0f} MB"
+            print(
+                f"| {name} | {memory} | {before['bytes'] / real['bytes'] - 1:+.0%} | {steps} | {seconds / real['seconds'] - 1:+.0%} |",
+                flush=True,
+            )
+
+
+def in_own_process(what: str, overrides: list[str]) -> dict[str, float]:
+    """The figures that this script prints when called so."""
+    ended = subprocess.run([sys.executable, "-W", "ignore", __file__, what, *overrides], stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, float] = json.loads(ended.stdout.splitlines()[-1])
+    return found
+
+
+def predict(overrides: list[str]) -> dict[str, float]:
+    """What the plan says."""
+    import mini_distill as md
+
+    plan = md.plan(overrides)
+    return {"bytes": plan.memory["total"], "seconds": plan.seconds["step"]}
+
+
+def measure(overrides: list[str]) -> dict[str, float]:
+    """What a run takes."""
+    from importlib import import_module
+
+    from transformers.models.llama import modeling_llama  # noqa: F401 - the architecture of all models here
+
+    from mini_distill.cli import load_config
+
+    train: Any = import_module("mini_distill.train")
+    config = load_config(overrides)
+    seconds: list[float] = []
+    clock = time.process_time if config.trainer.num_threads == 1 else time.perf_counter
+    step = train.optimizer_step
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        started = clock()
+        result = step(*args, **kwargs)
+        seconds.append(clock() - started)
+        return result
+
+    train.optimizer_step = timed
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
+    before = _kilobytes("VmRSS")
+    train.train(config)
+    return {"bytes": 1024 * (_kilobytes("VmHWM") - before), "seconds": median(seconds[WARM_STEPS:])}
+
+
+def _kilobytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
+
+
+def make_teacher(folder: Path, vocab_size: int = 32_768) -> Path:
+    """A random Llama with the embedded teacher's tokenizer and an embedding padded to `vocab_size`."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from mini_distill.models.loading import embedded_path, load_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(str(embedded_path()))
+    tokenizer.add_tokens([f"<{number}>" for number in range(vocab_size - len(tokenizer))])
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, max_position_embeddings=512, **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+if __name__ == "__main__":
+    main()
