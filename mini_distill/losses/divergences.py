@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax, softplus
+from torch.nn.functional import log_softmax, softmax, softplus
 
 from .reduction import at_least_float32
 
@@ -293,20 +293,24 @@ def _softened(logits: Tensor, temperature: float) -> Tensor:
 
 
 class _ForwardKL(torch.autograd.Function):
-    """KL(p ‖ q) with its gradient in closed form, q − p: the most used one, with two thirds of the passes over memory."""
+    """KL(p ‖ q) with its gradient in closed form, q − p: the most used one, with half of the passes over memory.
+
+    With t and s the logits, each less its maximum: Σ p · (t − s) + log max p − log max q. Two softmaxes and no other exponential.
+    """
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
-        log_q = log_softmax(student, dim=-1).clamp_(min=LOWEST)
-        log_p = log_softmax(teacher, dim=-1).clamp_(min=LOWEST)
-        p = log_p.exp()
-        ctx.save_for_backward(log_q, p)
-        return log_p.sub_(log_q).mul_(p).sum(dim=-1)
+        p, q = softmax(teacher, dim=-1), softmax(student, dim=-1)
+        difference = (teacher - student).sub_(teacher.amax(-1, keepdim=True) - student.amax(-1, keepdim=True))
+        difference.nan_to_num_(nan=0.0, posinf=-LOWEST, neginf=LOWEST)  # tokens that are impossible under one of them, or both
+        value = difference.mul_(p).sum(dim=-1) + (p.amax(-1) / q.amax(-1)).log()
+        ctx.save_for_backward(q.sub_(p))
+        return value.clamp_(min=0.0)  # rounding alone makes it less
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        log_q, p = ctx.saved_tensors
-        return log_q.exp().sub_(p).mul_(gradient.unsqueeze(-1)), None
+        (difference,) = ctx.saved_tensors
+        return difference * gradient.unsqueeze(-1), None
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
