@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,12 +15,11 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from ..config import EvaluationConfig, FullEvaluationConfig
 from ..data.tokenizers import vocabulary_size
 from .isolation import without_side_effects
+from .printable import printable
 
 Settings = EvaluationConfig | FullEvaluationConfig
 PROMPT_TOKENS = 24
 DIM, RESET = "\x1b[2m", "\x1b[0m"
-JOINERS = "\u200c\u200d"
-"""Invisible, but Persian, Hindi and many emoji are misspelt without them."""
 
 
 @dataclass(frozen=True)
@@ -156,15 +154,3 @@ def _block(name: str, text: str, margin: int, width: int) -> Iterator[str]:
 def _wrapped(text: str, width: int) -> list[str]:
     lines = [textwrap.wrap(line, width, drop_whitespace=False, replace_whitespace=False) or [""] for line in text.split("\n")]
     return [piece for pieces in lines for piece in pieces]
-
-
-def printable(text: str) -> str:
-    """The text with control and invisible format characters spelt out (`\\x1b`), so that it cannot drive a terminal."""
-    return "".join(_printable(c) for c in text.replace("\r\n", "\n").expandtabs(4))
-
-
-def _printable(char: str) -> str:
-    hidden = unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp")
-    if not hidden or char == "\n" or char in JOINERS:
-        return char
-    return char.encode("unicode_escape").decode()

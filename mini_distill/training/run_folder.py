@@ -93,7 +93,7 @@ class RunFolder:
             state, exit_code = _ending(error)
             try:
                 self._write_error_log(error)
-                self._write_status(state, exit_code)
+                self._write_status(state, exit_code, error)
             except StorageError:
                 if error is None:
                     raise  # otherwise the first error is the one to tell
@@ -118,7 +118,7 @@ class RunFolder:
     # -------------------------------------------------------------------------------------------------------------- status
 
     def status(self) -> dict[str, Any]:
-        """What status.json says: state, step, exit_code, updated, pid; empty when it is missing or damaged."""
+        """What status.json says: state, step, exit_code, updated, pid, of a failed run the error; empty when it is missing or damaged."""
         return _read_status(self.path)
 
     def set_step(self, step: int) -> None:
@@ -132,11 +132,13 @@ class RunFolder:
         if self._is_main:
             atomic_write_text(self.path / "summary.json", json.dumps(_finite(summary), indent=2, sort_keys=True) + "\n")
 
-    def _write_status(self, state: str, exit_code: int | None) -> None:
+    def _write_status(self, state: str, exit_code: int | None, error: BaseException | None = None) -> None:
         if not self._is_main:
             return
         now = datetime.now(UTC).isoformat(timespec="seconds")
         status = {"state": state, "step": self._step, "exit_code": exit_code, "updated": now, "pid": os.getpid()}
+        if state == "failed" and error is not None:
+            status["error"] = _one_line(error)
         atomic_write_text(self.path / "status.json", json.dumps(status) + "\n")
         self._updated = time.monotonic()
 
@@ -256,6 +258,12 @@ def _ending(error: BaseException | None) -> tuple[str, int]:
     if isinstance(error, SystemExit) and isinstance(error.code, int):
         return ("failed" if error.code else "finished"), error.code
     return "failed", error.exit_code if isinstance(error, MiniDistillError) else 1
+
+
+def _one_line(error: BaseException) -> str:
+    """What went wrong, as the last line of the terminal had it, without secrets."""
+    name = "" if isinstance(error, MiniDistillError) else f"{type(error).__name__}: "
+    return " ".join(redact_text(f"{name}{error}").split())
 
 
 def _without(row: dict[str, Any], kinds: set[tuple[int, str]]) -> dict[str, Any]:

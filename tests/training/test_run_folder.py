@@ -60,6 +60,19 @@ def test_how_a_run_ended_is_in_its_status(tmp_path: Path, error: BaseException, 
     assert not (run.path / ".lock").exists()
 
 
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [(DataError("a.jsonl:3", "malformed"), "a.jsonl:3: malformed."), (ZeroDivisionError("ours"), "ZeroDivisionError: ours")],
+)
+def test_a_failed_run_says_why(tmp_path: Path, error: Exception, line: str) -> None:
+    with pytest.raises(type(error)), RunFolder(tmp_path / "run", CONFIG) as run:
+        raise error
+    assert status(run.path)["error"] == line
+    with RunFolder(tmp_path / "run", CONFIG) as run:
+        pass
+    assert "error" not in status(run.path)  # a later start that went well
+
+
 def test_with_debug_the_users_own_mistakes_keep_their_traceback_without_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "very-secret-value")
     with pytest.raises(DataError), RunFolder(tmp_path / "run", {**CONFIG, "debug": True}) as run:
