@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from functools import cached_property
@@ -114,15 +115,13 @@ class Run:
         Raises:
             ConfigError: there is no such metric, or nothing has been logged.
         """
-        from matplotlib.figure import Figure  # not pyplot, which would keep the figure for ever
-
         frame = self.metrics
         wanted = list(metrics) or [name for name in PLOTTED if name in frame and frame[name].notna().any()]
         if unknown := [name for name in wanted if name not in frame]:
             raise ConfigError("metrics", f"no metric called '{unknown[0]}'", f"Known: {', '.join(frame.columns)}.")
         if not wanted:
             raise ConfigError(str(self.path), "nothing has been logged yet")
-        figure = Figure(figsize=(3.6 * len(wanted), 2.8), layout="constrained")
+        figure = _figure(3.6 * len(wanted), 2.8)
         for axes, name in zip(figure.subplots(1, len(wanted), squeeze=False)[0], wanted, strict=True):
             values = frame[name].dropna()
             axes.plot(values.index, values, color="#0b6e99", lw=1.4, marker="o" if len(values) < 30 else "", ms=3)
@@ -157,6 +156,19 @@ class Run:
         file = self.path / name
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         return found
+
+
+def _figure(width: float, height: float) -> Figure:
+    """A figure without pyplot, which would keep it for ever, and which alone would teach a notebook to show it."""
+    from matplotlib.figure import Figure
+
+    class Shown(Figure):
+        def _repr_png_(self) -> bytes:
+            file = io.BytesIO()
+            self.savefig(file, format="png", dpi=100)
+            return file.getvalue()
+
+    return Shown(figsize=(width, height), layout="constrained")
 
 
 PLOTTED = ("train/loss", "eval/student_nll", "eval/forward_kl", "eval/top1_agreement")
@@ -194,9 +206,9 @@ class CallableTrain(ModuleType):
         Raises:
             MiniDistillError: any problem that is the user's to mend.
         """
-        config = checked(config, "train", Config)
-        self.train(config)
-        return Run(str(config.output_dir))
+        settings: Config = checked(config, "train", Config)
+        self.train(settings)
+        return Run(str(settings.output_dir))
 
 
 class CallableCache(ModuleType):

@@ -29,6 +29,7 @@ def test_a_run_from_python_has_everything_the_folder_has(tiny_command: list[str]
     assert isinstance(run.generate("a", max_new_tokens=4), str) and run.generate("a") == run.generate("a")
     assert "perplexity" in run._repr_markdown_()
     assert len(run.plot().axes) >= 3 and len(run.plot("train/ce").axes) == 1
+    assert run.plot()._repr_png_().startswith(b"\x89PNG")  # what a notebook shows, also before pyplot is imported
     again = md.load_run(run.path)
     assert again.summary == run.summary
 

@@ -1,0 +1,45 @@
+"""The notebooks run from top to bottom, and each .ipynb is its script without outputs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("jupytext", reason="needs the extra mini_distill[dev]")
+pytest.importorskip("nbclient", reason="needs the extra mini_distill[dev]")
+
+from make_notebooks import FOLDER, as_ipynb, execute, scripts
+
+SMALL = {"STEPS": 2, "ROWS": 5}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels of two tests at a time would wait for each other's threads."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.mark.parametrize("script", scripts(), ids=lambda script: script.stem)
+def test_the_notebook_is_its_script_without_outputs(script: Path) -> None:
+    text = script.with_suffix(".ipynb").read_text(encoding="utf-8")
+    assert text == as_ipynb(script), "run: python scripts/make_notebooks.py sync"
+    cells = json.loads(text)["cells"]
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
+    assert {path.stem for path in FOLDER.glob("*.ipynb")} == {path.stem for path in scripts()}
+
+
+@pytest.mark.parametrize("script", scripts(), ids=lambda script: script.stem)
+def test_a_notebook_runs_with_few_steps(script: Path, tmp_path: Path) -> None:
+    """Every cell as it stands, but for the numbers of optimizer steps and of files."""
+    small = {name: value for name, value in SMALL.items() if f"\n{name} = " in script.read_text(encoding="utf-8")}
+    notebook = execute(script, tmp_path, **small)
+    shown = [output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
+    assert len(shown) >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", scripts(), ids=lambda script: script.stem)
+def test_a_notebook_runs_as_its_reader_runs_it(script: Path, tmp_path: Path) -> None:
+    execute(script, tmp_path)
