@@ -274,6 +274,7 @@ class Config:
 class PlanConfig:
     """What `python -m mini_distill.plan` reckons with. Left null, it is that of this machine."""
 
+    device: str = option("auto", "What the run is on: auto: what is here; cpu; cuda: a GPU, whose memory and rates have to be given where none is here", choices=("auto", "cpu", "cuda"))
     num_devices: int = option(1, "Devices, each with a copy of the student (torchrun)", at_least=1)
     memory_gib: float | None = option(None, "Memory of a device, in GiB; null: what is free here now", above=0)
     matmul_tflops: float | None = option(None, "Rate of matrix products of a device, in 10^12 operations a second; null: the step's operations are timed here", above=0)

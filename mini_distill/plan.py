@@ -1,7 +1,7 @@
 """What a training needs, said before a weight is loaded: memory, time, operations, disk, and the largest micro-batch that fits.
 
 python -m mini_distill.plan teacher=… student=… data=…                        the settings of the training
-python -m mini_distill.plan … plan.memory_gib=80 plan.matmul_tflops=400 plan.memory_gb_per_second=2000    another device
+python -m mini_distill.plan … plan.device=cuda plan.memory_gib=80 plan.matmul_tflops=400 plan.memory_gb_per_second=2000    a GPU elsewhere
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
 import yaml
 
 from .cli import load_config
@@ -104,14 +105,13 @@ def plan(config: PlanCommand) -> Plan:
 
 def make_plan(config: PlanCommand) -> Plan:
     """The same without printing or writing."""
-    accelerator = start_processes(config.trainer.precision, config.trainer.num_threads)
-    device, on_gpu = accelerator.device, accelerator.device.type == "cuda"
+    device, on_gpu = _device(config)
     tokenizer = load_shared_tokenizer(config)
     models = weightless_models(config, tokenizer, _sizes_in_cache(config), on_gpu)
     data = data_size(config.data, tokenizer)
     trainer, given = config.trainer, config.plan.memory_gib
     needs = Needs(models, config, trainer.micro_batch_size, data.supervised_share, vocabulary_size(tokenizer), on_gpu)
-    available = free_memory(device) if given is None else int(given * 2**30)
+    available = int(given * 2**30) if given is not None else free_memory(device)
     largest, largest_bytes = largest_micro_batch(needs, available)
     return Plan(
         parameters={name: num_parameters(model) for name, model in vars(models).items() if model is not None},
@@ -124,6 +124,22 @@ def make_plan(config: PlanCommand) -> Plan:
         largest_micro_batch_bytes=largest_bytes,
         notes=_notes(config, data),
     )
+
+
+def _device(config: PlanCommand) -> tuple[torch.device, bool]:
+    """Where operations are timed, and whether the run is on a GPU, here or elsewhere.
+
+    Raises:
+        ConfigError: on a GPU that is not here, and of which nothing is given.
+    """
+    plan = config.plan
+    here = start_processes(config.trainer.precision, config.trainer.num_threads).device
+    if plan.device == "auto" or plan.device == here.type:
+        return here, here.type == "cuda"
+    for name in ("memory_gib", "matmul_tflops", "memory_gb_per_second"):
+        if getattr(plan, name) is None and plan.device == "cuda":
+            raise ConfigError(f"plan.{name}", "missing, and there is no GPU here to measure", f"Give plan.{name}, or plan.device=cpu.")
+    return torch.device("cpu"), plan.device == "cuda"
 
 
 def _sizes_in_cache(config: PlanCommand) -> TeacherSizes | None:

@@ -2,9 +2,9 @@
 
 python scripts/check_plan.py [--threads 1] [--steps 8] [--only name]
 
-Memory is the most that the process of a run held resident, evaluation included, above what it held when everything was imported;
-time is the median over the steps after the first two, of the processor where there is one thread, so that a machine with other work
-tells the same. The predictions of time are made before and after the run.
+Memory is the most that the process held resident until its last step, the evaluation before the first one included, above what it
+held when everything was imported; and the most until the run had ended, with its last evaluation and samples. Time is the median over
+the steps after the first two, of the processor where there is one thread, so that a machine with other work tells the same.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch, in plan and run")
-    parser.add_argument("--steps", type=int, default=8, help="optimizer steps of each run")
+    parser.add_argument("--steps", type=int, default=7, help="optimizer steps of each run")
     parser.add_argument("--only", choices=list(RUNS), help="one of the runs")
     parser.add_argument("--measure", nargs="*", help=argparse.SUPPRESS)  # in a process of its own
     parser.add_argument("--predict", nargs="*", help=argparse.SUPPRESS)
@@ -54,7 +54,7 @@ def main() -> None:
 
 def print_table(arguments: argparse.Namespace) -> None:
     """A row for each run as it ends."""
-    print("| run | memory predicted | measured | | step predicted | measured | |\n|:--|--:|--:|--:|--:|--:|--:|")
+    print("| run | memory predicted | measured | | to the end | step predicted | measured | |\n|:--|--:|--:|--:|--:|--:|--:|--:|")
     with tempfile.TemporaryDirectory() as folder:
         vocabulary = f"teacher=hf teacher.path={make_teacher(Path(folder) / 'teacher')}"
         for name, settings in RUNS.items():
@@ -63,16 +63,12 @@ def print_table(arguments: argparse.Namespace) -> None:
             overrides = settings.format(vocabulary=vocabulary).split()
             overrides += [f"trainer.max_steps={arguments.steps}", "trainer.warmup_steps=1", f"trainer.num_threads={arguments.threads}"]
             overrides += ["evaluation.max_batches=2", "evaluation.num_samples=0"]
-            before = in_own_process("--predict", overrides)
+            plan = in_own_process("--predict", overrides)
             real = in_own_process("--measure", [*overrides, f"output_dir={folder}/{name.replace(' ', '_').replace(',', '')}"])
-            after = in_own_process("--predict", overrides)
-            seconds = (before["seconds"] + after["seconds"]) / 2
-            steps = f"{seconds:.2f} s ({before['seconds']:.2f}, {after['seconds']:.2f}) | {real['seconds']:.2f} s"
-            memory = f"{before['bytes'] / 1e6:.0f} MB | {real['bytes'] / 1e6:.0f} MB"
-            print(
-                f"| {name} | {memory} | {before['bytes'] / real['bytes'] - 1:+.0%} | {steps} | {seconds / real['seconds'] - 1:+.0%} |",
-                flush=True,
-            )
+            memory = [f"{size / 1e6:.0f} MB" for size in (plan["bytes"], real["bytes"], real["bytes_to_the_end"])]
+            cells = [name, *memory[:2], f"{plan['bytes'] / real['bytes'] - 1:+.0%}", memory[2]]
+            cells += [f"{plan['seconds']:.2f} s", f"{real['seconds']:.2f} s", f"{plan['seconds'] / real['seconds'] - 1:+.0%}"]
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def in_own_process(what: str, overrides: list[str]) -> dict[str, float]:
@@ -101,6 +97,7 @@ def measure(overrides: list[str]) -> dict[str, float]:
     train: Any = import_module("mini_distill.train")
     config = load_config(overrides)
     seconds: list[float] = []
+    peaks: list[int] = []
     clock = time.process_time if config.trainer.num_threads == 1 else time.perf_counter
     step = train.optimizer_step
 
@@ -108,13 +105,15 @@ def measure(overrides: list[str]) -> dict[str, float]:
         started = clock()
         result = step(*args, **kwargs)
         seconds.append(clock() - started)
+        peaks.append(_kilobytes("VmHWM"))
         return result
 
     train.optimizer_step = timed
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
     before = _kilobytes("VmRSS")
     train.train(config)
-    return {"bytes": 1024 * (_kilobytes("VmHWM") - before), "seconds": median(seconds[WARM_STEPS:])}
+    most = {"bytes": peaks[-1], "bytes_to_the_end": _kilobytes("VmHWM")}
+    return {**{name: 1024 * (kilobytes - before) for name, kilobytes in most.items()}, "seconds": median(seconds[WARM_STEPS:])}
 
 
 def _kilobytes(name: str) -> int:
@@ -132,7 +131,13 @@ def make_teacher(folder: Path, vocab_size: int = 32_768) -> Path:
     torch.manual_seed(0)
     tokenizer = load_tokenizer(str(embedded_path()))
     tokenizer.add_tokens([f"<{number}>" for number in range(vocab_size - len(tokenizer))])
-    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, max_position_embeddings=512, **sizes)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,13 @@ def made(tiny_command: list[str]) -> Any:
 
 
 def needs_of(command: list[str], *more: str, share: float = 1.0) -> Needs:
-    config = load_config([*command, *more], "plan", PlanCommand)
+    return _needs((*command, *more), share)
+
+
+@cache
+def _needs(command: tuple[str, ...], share: float) -> Needs:
+    """Once for all tests that look at the same settings: a trace takes a while."""
+    config = load_config(command, "plan", PlanCommand)
     tokenizer = load_shared_tokenizer(config)
     models = weightless_models(config, tokenizer, None, on_gpu=False)
     return Needs(models, config, config.trainer.micro_batch_size, share, vocabulary_size(tokenizer), on_gpu=False)
@@ -238,6 +245,19 @@ def test_a_folder_that_is_no_model_is_one_line(command: list[str], tiny_teacher:
 def test_one_rate_without_the_other_is_refused(tiny_command: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"plan\.memory_gb_per_second: missing"):
         md.plan([*tiny_command, "plan.matmul_tflops=1"])
+
+
+def test_a_gpu_that_is_not_here_has_to_be_described(command: list[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one here")
+    with pytest.raises(ConfigError, match=r"plan\.memory_gib: missing, and there is no GPU here"):
+        md.plan([*command, "plan.device=cuda"])
+
+
+def test_on_a_gpu_the_teacher_is_in_bfloat16_and_nothing_is_held_by_a_heap(command: list[str], made: Any) -> None:
+    on_gpu = md.plan([*command, "plan.device=cuda", "plan.memory_gib=0.01"])
+    assert 2 * on_gpu.memory["teacher_weights"] == made.memory["teacher_weights"]
+    assert on_gpu.memory["process"] == 0 < made.memory["process"]
 
 
 def test_a_text_instead_of_a_list_is_refused() -> None:

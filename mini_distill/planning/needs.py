@@ -74,7 +74,6 @@ class Needs:
         trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
         gradients = sum(parameter.numel() * parameter.element_size() for parameter in trainable)
         on_device = self.config.teacher.device == "auto"  # else the teacher's weights are elsewhere
-        budget = (self.config.objective.logits_memory_mib or MEMORY_MIB["cuda" if self.on_gpu else "cpu"]) * 2**20
         held = {
             "teacher_weights": _weights(teacher) if teacher is not None and on_device else 0,
             "student_weights": _weights(student),
@@ -88,16 +87,23 @@ class Needs:
             **held,
             "gradients": gradients,
             "activations": self.step.after["student"],
-            "logits": int(min(budget, 2 * 4 * self.vocab_size * self.tokens)),
+            "logits": self._logits(),
             "step": at_work,
             "evaluation": evaluation,
         }
         return parts | {"total": sum(held.values()) + max(at_work, evaluation)}
 
     def _taken(self, trace: Trace, phase: str) -> int:
-        """Bytes of a phase at its peak, with what the heap holds besides."""
-        gaps = 0 if self.on_gpu else HEAP_SHARE * trace.small_peaks.get(phase, 0)
-        return trace.peaks.get(phase, 0) + round(gaps)
+        """Bytes of a phase at its peak, with what the heap holds besides; on a GPU with the terms' gradient, of a chunk at a time."""
+        peak = trace.peaks.get(phase, 0)
+        if self.on_gpu:
+            return peak + (self._logits() // 2 if phase == "loss" else 0)
+        return peak + round(HEAP_SHARE * trace.small_peaks.get(phase, 0))
+
+    def _logits(self) -> int:
+        """Bytes of the logits that exist at once, student's and teacher's."""
+        budget = (self.config.objective.logits_memory_mib or MEMORY_MIB["cuda" if self.on_gpu else "cpu"]) * 2**20
+        return int(min(budget, 2 * 4 * self.vocab_size * self.tokens))
 
     # -------------------------------------------------------------------------------------------------------------- operations
 
