@@ -1,0 +1,106 @@
+"""Minimal pairs: which of two sentences a model finds likelier. Grammar (BLiMP) and stereotypes (CrowS-Pairs) as they come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from ..config import PairsConfig
+from ..data.row import Row, RowError
+from ..data.sources import find_files
+from ..data.tables import TABLE_SUFFIXES, Tables
+from ..errors import DataError
+
+KNOWN_COLUMNS = (("sentence_good", "sentence_bad", "UID"), ("sent_more", "sent_less", "bias_type"))
+"""Better, worse and group of BLiMP (Warstadt et al. 2020, arXiv 1912.00582) and of CrowS-Pairs (Nangia et al. 2020, arXiv 2010.00133).
+
+`sent_more` is always the sentence that stereotypes more, also where the pair is marked `antistereo`. CrowS-Pairs was made for masked models,
+and many of its pairs are flawed (Blodgett et al. 2021, "Stereotyping Norwegian Salmon"): read a score beside the teacher's, not by itself.
+"""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two sentences, the first of which should be the likelier one (or stereotypes more), and the group they belong to."""
+
+    better: str
+    worse: str
+    group: str
+
+
+def read_rows(path: str, where: str, limit: int | None = None) -> list[Row]:
+    """The first rows of some tables.
+
+    Raises:
+        DataError: there is no such file, a row is malformed, or there is none.
+    """
+    rows = list(islice(_good(Tables(find_files(path, TABLE_SUFFIXES, where)).rows()), limit))
+    if not rows:
+        raise DataError(where, f"no row in '{path}'", "Name a file with rows.")
+    return rows
+
+
+def _good(rows: Iterable[Row | RowError]) -> Iterable[Row]:
+    for row in rows:
+        if isinstance(row, RowError):
+            raise row
+        yield row
+
+
+def read_pairs(config: PairsConfig, where: str, limit: int | None = None) -> list[Pair]:
+    """The pairs of a task; `limit` counts over each file's rows together.
+
+    Raises:
+        DataError: a file cannot be read, has no such columns, or a sentence is empty.
+    """
+    rows = read_rows(str(config.path), f"{where}.path", limit)
+    better, worse, group = _columns(config, rows[0], where)
+    return [Pair(text_of(row, better), text_of(row, worse), _group(row, group)) for row in rows]
+
+
+def _columns(config: PairsConfig, row: Row, where: str) -> tuple[str, str, str | None]:
+    known = next((names for names in KNOWN_COLUMNS if names[0] in row.columns and names[1] in row.columns), None)
+    better, worse = config.better_column or (known or ("",))[0], config.worse_column or (known or ("", ""))[1]
+    if not better or not worse:
+        there = ", ".join(map(str, row.columns))
+        raise DataError(
+            f"{where}.better_column",
+            f"neither BLiMP's columns nor those of CrowS-Pairs in {row.origin} (there are: {there})",
+            "Name better_column and worse_column.",
+        )
+    group = config.group_column or (known[2] if known is not None and known[2] in row.columns else None)
+    return better, worse, group
+
+
+def _group(row: Row, column: str | None) -> str:
+    if column is None:
+        return Path(row.origin.rpartition(":")[0] or row.origin).stem
+    return str(row.columns[column]) if column in row.columns else "(none)"
+
+
+def text_of(row: Row, column: str) -> str:
+    """A column's text.
+
+    Raises:
+        DataError: it is missing, no text, or empty.
+    """
+    value = row.columns.get(column)
+    if not isinstance(value, str) or not value.strip():
+        there = f"there are: {', '.join(map(str, row.columns))}" if column not in row.columns else f"got {value!r}"
+        raise DataError(row.origin, f"no text in the column '{column}' ({there})", "Name another column, or mend the row.")
+    return value
+
+
+def preferred(better: Sequence[float], worse: Sequence[float]) -> list[float]:
+    """1 where the better sentence is likelier, 0 where the worse one is, ½ where they are equally likely."""
+    return [1.0 if b > w else 0.5 if b == w else 0.0 for b, w in zip(better, worse, strict=True)]
+
+
+def mean_of_groups(groups: Sequence[str], scores: Sequence[float]) -> dict[str, tuple[float, int]]:
+    """Group -> mean score and number of items, in the order of their first item."""
+    members: dict[str, list[float]] = {}
+    for group, score in zip(groups, scores, strict=True):
+        members.setdefault(group, []).append(score)
+    return {group: (sum(of_group) / len(of_group), len(of_group)) for group, of_group in members.items()}
