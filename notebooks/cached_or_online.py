@@ -13,12 +13,13 @@
 # %% [markdown]
 # # Cached or online?
 #
-# *Online*, the teacher reads every batch beside the student. *Cached*, it reads the corpus once, its targets are written down, and every later
-# student learns from the file. The catch is size: a whole distribution over the vocabulary at each token is thousands of numbers. This page
-# shows what is kept instead, what it costs, and when it pays.
+# *Online*, the teacher reads every batch beside the student. *Cached*, it reads the corpus once, its targets are written down, and every
+# later student learns from the file. The catch is size: a whole distribution over the vocabulary at each token is thousands of numbers.
+# This page shows what is kept instead, what it costs, and when it pays.
 
 # %% tags=["parameters"]
 STEPS = 40  # optimizer steps of each student
+BATCHES = 8  # of four held-out sequences, at each evaluation
 ROWS = 12  # files of the corpus
 
 # %%
@@ -29,14 +30,14 @@ import mini_distill as md
 from mini_distill.models.loading import embedded_path, load_causal_lm, load_tokenizer
 from mini_distill.teachers.sampling import threshold_sample
 
-plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True})
+plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True}
 teacher, tokenizer = load_causal_lm(str(embedded_path())).eval(), load_tokenizer(str(embedded_path()))
 
 # %% [markdown]
 # ## A distribution in a few bytes
 #
-# The customary answer is the top $k$: keep the likeliest tokens, drop the rest, and let what is kept sum to one. The student then learns that
-# everything else is impossible, and learns it from every token. By default a cache here keeps something else: each token of at least $1/k$
+# The customary answer is the top k: keep the likeliest tokens, drop the rest, and let what is kept sum to one. The student then learns that
+# everything else is impossible, and learns it from every token. By default a cache here keeps something else: each token of at least 1/k
 # exactly, and of all others a few, drawn so that *in expectation* nothing is missing. The same weight of ink, another kind of error: noise,
 # which training averages out, instead of a bias, which it learns.
 
@@ -72,8 +73,9 @@ panels[0].set_ylabel("probability")
 panels[0].legend(frameon=False);
 
 # %% [markdown]
-# The left one is cut off behind its eighth token, and too high before. The sample in the middle has about as many points; some of them stand
-# high above the curve, each for many others. On the right, their mean lies on the curve as far down as two thousand samples can see.
+# The left one is cut off behind its eighth token, and too high before. The sample in the middle has about as many points; some of them
+# stand high above the curve, each for many others. On the right, their mean lies on the curve as far down as two thousand samples can
+# see.
 #
 # ## Writing it down
 #
@@ -86,8 +88,8 @@ cache = md.cache([*CORPUS, "cache.dir=targets", "cache.k=16"])
 # %% [markdown]
 # ## Training from it
 #
-# The same student, first batches and steps, with the teacher beside it and from the cache. (The cached run has a live teacher as well, but only
-# to begin with its layers and to be measured against; no step asks it.)
+# The same student, first batches and steps, with the teacher beside it and from the cache. (The cached run has a live teacher as well,
+# but only to begin with its layers and to be measured against; no step asks it.)
 
 # %%
 COMMON = [
@@ -95,7 +97,8 @@ COMMON = [
     "objective=forward_kl",
     f"trainer.max_steps={STEPS}",
     "trainer.micro_batch_size=8",
-    "evaluation.max_batches=2",
+    "evaluation.batch_size=4",
+    f"evaluation.max_batches={BATCHES}",
     "evaluation.num_samples=0",
 ]
 runs = {
@@ -130,8 +133,8 @@ pd.DataFrame({
 # %% [markdown]
 # ## When does it pay?
 #
-# Writing the cache costs one pass of the teacher over the corpus. Against it stands what each epoch of each student saves. With the figures of
-# this very run:
+# Writing the cache costs one pass of the teacher over the corpus. Against it stands what each epoch of each student saves. With the
+# figures of this very run:
 
 # %%
 tokens = cache["cache/tokens"]
@@ -147,10 +150,11 @@ axes.legend(frameon=False);
 
 # %% [markdown]
 # - One student, one epoch, a teacher that fits: online. Nothing is saved by writing down what is read once.
-# - Several students, temperatures, seeds or epochs: the cache. So too where teacher and student do not fit together, or the teacher sits on another
-#   machine.
-# - A sampled cache knows the forward KL at the temperature it was written for, and refuses anything else; `cache.kind=hidden` keeps the input of
-#   the teacher's head, from which every divergence is exact, for some hundred bytes a token and as many products as the head costs.
+# - Several students, temperatures, seeds or epochs: the cache. So too where teacher and student do not fit together, or the teacher sits
+#   on another machine.
+# - A sampled cache knows the forward KL at the temperature it was written for, and refuses anything else; `cache.kind=hidden` keeps the
+#   input of the teacher's head, from which every divergence is exact, for some hundred bytes a token and as many products as the head
+#   costs.
 # - A cache belongs to one teacher, tokenizer, template, corpus and sequence length. Change one, and training from it is refused by name.
 #
 # [What each kind keeps of the gain, over three seeds](../docs/experiments.md).

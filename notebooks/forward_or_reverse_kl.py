@@ -15,14 +15,16 @@
 #
 # A student has too little room for all of its teacher. The divergence decides what it gives up.
 #
-# - `forward_kl`, $\sum p \log \frac{p}{q}$: expensive wherever the teacher ($p$) gives something probability and the student ($q$) does not.
+# - `forward_kl`, Σ p log(p/q): expensive wherever the teacher (p) gives something probability and the student (q) does not.
 #   The student covers everything, and gives probability to things the teacher would never say.
-# - `reverse_kl`, $\sum q \log \frac{q}{p}$: expensive wherever the student says something that the teacher would not. The student picks
+# - `reverse_kl`, Σ q log(q/p): expensive wherever the student says something that the teacher would not. The student picks
 #   what it can do well, and drops the rest.
 # - `jsd` lies between the two.
 
 # %% tags=["parameters"]
 STEPS = 50  # optimizer steps of each student
+KINDS = ("forward_kl", "jsd", "reverse_kl")
+BATCHES = 8  # of four held-out sequences, at each evaluation
 
 # %%
 import matplotlib.pyplot as plt
@@ -31,7 +33,7 @@ import torch
 import mini_distill as md
 from mini_distill.models.head import LanguageModel
 
-plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True})
+plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True}
 COLOURS = {"forward_kl": "#0b6e99", "jsd": "#3f9b5b", "reverse_kl": "#c4500c"}
 
 # %% [markdown]
@@ -82,12 +84,13 @@ SHORT = [
     f"trainer.max_steps={STEPS}",
     "data.seq_len=128",
     "trainer.micro_batch_size=8",
-    "evaluation.max_batches=2",
+    "evaluation.batch_size=4",
+    f"evaluation.max_batches={BATCHES}",
     "evaluation.num_samples=0",
 ]
 runs = {
     name: md.train([f"objective.divergence={name}", "objective.kl_weight=1", "objective.ce_weight=0", *SHORT, f"output_dir=runs/kl/{name}"])
-    for name in COLOURS
+    for name in KINDS
 }
 
 # %%
@@ -123,7 +126,7 @@ found = {
 }
 figure, panels = plt.subplots(1, 3, figsize=(10, 3))
 for axes, (title, values) in zip(panels, found.items(), strict=True):
-    bars = axes.bar(list(values), list(values.values()), color=list(COLOURS.values()))
+    bars = axes.bar(list(values), list(values.values()), color=[COLOURS[name] for name in values])
     axes.bar_label(bars, fmt="%.2f", fontsize=9)
     axes.set(title=title)
 panels[2].axhline(torch.special.entr(p).sum(-1).mean(), color="#333", ls="--", lw=1);

@@ -18,6 +18,7 @@
 
 # %% tags=["parameters"]
 STEPS = 100  # optimizer steps; a few hundred are better, and take as many times longer
+BATCHES = 11  # of four held-out sequences, at each evaluation
 
 # %%
 from pathlib import Path
@@ -27,8 +28,8 @@ import mini_distill as md
 # %% [markdown]
 # ## The text
 #
-# Any folder of `.txt` files; a file is a document. So that this page runs everywhere, here is one: the chapters of the language reference that
-# `help()` shows, English prose with a little code. The embedded teacher has not seen them.
+# Any folder of `.txt` files; a file is a document. So that this page runs everywhere, here is one: the chapters of the language reference
+# that `help()` shows, English prose with a little code. The embedded teacher has not seen them.
 
 # %%
 from pydoc_data.topics import topics
@@ -56,7 +57,8 @@ run = md.train([
     f"trainer.max_steps={STEPS}",
     f"trainer.eval_every={max(1, STEPS // 5)}",
     "trainer.micro_batch_size=8",
-    "evaluation.max_batches=5",
+    "evaluation.batch_size=4",
+    f"evaluation.max_batches={BATCHES}",
     "evaluation.sample_tokens=32",
     "control=true",
     "output_dir=runs/my_text",
@@ -112,5 +114,5 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40, do_sample=Fal
 # (`teacher=hf teacher.path=…`; this one learned Python source and is itself not good at prose), more text, more steps, a larger student
 # (`student.num_layers=4`).
 #
-# Run the cell with `md.train` again and it returns at once, since that run is finished; change a setting and the folder refuses, since a run is
-# of one set of settings. Give another `output_dir`, or `resume=never`, which moves the old run aside.
+# Run the cell with `md.train` again and it returns at once, since that run is finished; change a setting and the folder refuses, since a
+# run is of one set of settings. Give another `output_dir`, or `resume=never`, which moves the old run aside.

@@ -13,11 +13,12 @@
 # %% [markdown]
 # # Reading a run: where does the student differ?
 #
-# Perplexity is one number for a whole text. This page takes a run apart: its curves, its worst texts token by token, where the distance to the
-# teacher comes from, and whether the student knows what it does not know.
+# Perplexity is one number for a whole text. This page takes a run apart: its curves, its worst texts token by token, where the distance
+# to the teacher comes from, and whether the student knows what it does not know.
 
 # %% tags=["parameters"]
 STEPS = 60  # optimizer steps
+BATCHES = 16  # of four held-out sequences, at each evaluation
 
 # %%
 import matplotlib.pyplot as plt
@@ -25,13 +26,14 @@ import torch
 
 import mini_distill as md
 
-plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True})
+plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True}
 run = md.train([
     f"trainer.max_steps={STEPS}",
     f"trainer.eval_every={max(1, STEPS // 4)}",
     "data.seq_len=128",
     "trainer.micro_batch_size=8",
-    "evaluation.max_batches=4",
+    "evaluation.batch_size=4",
+    f"evaluation.max_batches={BATCHES}",
     "output_dir=runs/reading",
 ])  # fmt: skip
 
@@ -75,8 +77,8 @@ def coloured(entry: dict) -> str:
 HTML("".join(coloured(entry) for entry in run.details["differences"][:3]))
 
 # %% [markdown]
-# Hover over a token to see what each of them would have written. Then by kind: of all tokens in these windows, those on which both would go on
-# differently, with the student's choice beside the teacher's.
+# Hover over a token to see what each of them would have written. Then by kind: of all tokens in these windows, those on which both would
+# go on differently, with the student's choice beside the teacher's.
 
 # %%
 import pandas as pd
@@ -89,9 +91,9 @@ tokens[tokens.student_top != tokens.teacher_top].nlargest(12, "forward_kl")[["te
 # %% [markdown]
 # ## Where the distance comes from
 #
-# Split by what the teacher knows: how certain it is, and how far into the text the token stands. Bars are shares of the *whole* distance, the
-# line is the distance of such a token. Much distance where the teacher is certain means that the student is missing facts or syntax; where it
-# is uncertain, that the student has not learned the shape of the distribution.
+# Split by what the teacher knows: how certain it is, and how far into the text the token stands. Bars are shares of the *whole* distance,
+# the line is the distance of such a token. Much distance where the teacher is certain means that the student is missing facts or syntax;
+# where it is uncertain, that the student has not learned the shape of the distribution.
 
 # %%
 slices = run.details["slices"]
@@ -106,7 +108,7 @@ for axes, (name, title) in zip(panels, titles.items(), strict=True):
     twin = axes.twinx()
     twin.plot(frame.label, frame.forward_kl, "o-", color="#c4500c")
     twin.set_ylabel("nats per token", color="#c4500c")
-    twin.set_ylim(0, None)
+    twin.set_ylim(0, 1.1 * frame.forward_kl.max())
 
 # %% [markdown]
 # And how unevenly it is spread: all tokens of some held-out text, sorted by their KL.
@@ -131,8 +133,9 @@ axes.set(xlabel="share of tokens, worst first", ylabel="share of the distance", 
 # %% [markdown]
 # ## Does it know what it does not know?
 #
-# A model is calibrated when, of the tokens it gives 70 %, seven in ten come. Distillation hands on the teacher's calibration to the extent that
-# the student can afford; a student trained on the data alone for many epochs tends to lie below the diagonal, too sure of itself.
+# A model is calibrated when, of the tokens it gives 70 %, seven in ten come. Distillation hands on the teacher's calibration to the
+# extent that the student can afford; a student trained on the data alone for many epochs tends to lie below the diagonal, too sure of
+# itself.
 
 # %%
 figure, axes = plt.subplots(figsize=(4, 3.6))
@@ -155,5 +158,5 @@ for sample in run.details["samples"]:
     print()
 
 # %% [markdown]
-# `python -m mini_distill.evaluate model=runs/reading` measures more, on all of the held-out text; `python -m mini_distill.compare` sets runs
-# against their controls over seeds, which is what a claim needs.
+# `python -m mini_distill.evaluate model=runs/reading` measures more, on all of the held-out text; `python -m mini_distill.compare` sets
+# runs against their controls over seeds, which is what a claim needs.

@@ -13,14 +13,16 @@
 #
 # The objective of a distillation is
 #
-# $$\text{kl\_weight} \cdot T^2 \cdot D\bigl(\text{teacher}_T \,\|\, \text{student}_T\bigr) + \text{ce\_weight} \cdot \text{CE}$$
+#     kl_weight · T² · divergence(student, teacher; T)  +  ce_weight · CE(student, data)
 #
-# where both distributions are softened: logits are divided by $T$ before the softmax. This page shows what that does to a
+# where both distributions are softened: logits are divided by T before the softmax. This page shows what that does to a
 # distribution, to the gradient, and to a student. It needs no download: the teacher is a small model of Python source that ships with
 # the package.
 
 # %% tags=["parameters"]
 STEPS = 30  # optimizer steps of each student
+TEMPERATURES = (1, 2, 4)
+BATCHES = 8  # of four held-out sequences, at each evaluation
 
 # %%
 import matplotlib.pyplot as plt
@@ -30,7 +32,7 @@ import mini_distill as md
 from mini_distill.models.head import LanguageModel
 from mini_distill.models.loading import embedded_path, load_causal_lm, load_tokenizer
 
-plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True})
+plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True}
 teacher, tokenizer = load_causal_lm(str(embedded_path())).eval(), load_tokenizer(str(embedded_path()))
 
 # %% [markdown]
@@ -59,9 +61,9 @@ panels[0].invert_yaxis();
 # ## On the text as a whole
 #
 # The same over held-out text: the entropy of the teacher's distribution, and how much of its probability lies outside of the ten
-# likeliest tokens. Somewhere between $T = 2$ and $T = 4$ most of what the student is asked to match is the tail, and the tail of a
+# likeliest tokens. Somewhere between T = 2 and T = 4 most of what the student is asked to match is the tail, and the tail of a
 # model this small is mostly noise. That is why large temperatures come from image classification with ten classes, and language models
-# are distilled with $T$ near 1.
+# are distilled with T near 1.
 
 # %%
 data = md.prepare_data(md.load_config(["data.seq_len=128"]).data, tokenizer)
@@ -88,46 +90,47 @@ for axes in (left, right):
 # ## On a student
 #
 # Three students, alike but for the temperature of the KL they learn from; no cross-entropy, so that nothing else teaches them. Each is
-# measured as it will be used, at $T = 1$.
+# measured as it will be used, at T = 1.
 
 # %%
 SHORT = [
     f"trainer.max_steps={STEPS}",
     "data.seq_len=128",
     "trainer.micro_batch_size=8",
-    "evaluation.max_batches=2",
+    "evaluation.batch_size=4",
+    f"evaluation.max_batches={BATCHES}",
     "evaluation.num_samples=0",
 ]
 runs = {
     temperature: md.train(
         ["objective=forward_kl", f"objective.temperature={temperature}", *SHORT, f"output_dir=runs/temperature/{temperature}"]
     )
-    for temperature in (1, 2, 4)
+    for temperature in TEMPERATURES
 }
 
 # %%
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3))
-colours = dict(zip(runs, ("#0b6e99", "#3f9b5b", "#c4500c"), strict=True))
+colours = {1: "#0b6e99", 2: "#3f9b5b", 4: "#c4500c"}
 for temperature, run in runs.items():
     curve = run.metrics["train/forward_kl"].dropna().rolling(5, min_periods=1).mean()
     left.plot(curve.index, curve, color=colours[temperature], label=f"T = {temperature}")
 left.set(title="forward KL of training, each at its own T", xlabel="optimizer step", ylabel="nats", yscale="log")
 left.legend(frameon=False)
-right.bar([f"T = {t}" for t in runs], [run.summary["eval/forward_kl"] for run in runs.values()], color=list(colours.values()))
+right.bar([f"T = {t}" for t in runs], [run.summary["eval/forward_kl"] for run in runs.values()], color=[colours[t] for t in runs])
 right.axhline(runs[1].summary["before/forward_kl"], color="#888", ls="--", lw=1, label="before training")
 right.set(title="forward KL on held-out text, all at T = 1", ylabel="nats")
 right.legend(frameon=False);
 
 # %% [markdown]
-# The losses on the left cannot be compared with each other: at $T = 4$ both distributions are nearly flat, and so nearly equal. (The
-# curves are without the factor $T^2$.) Only the right panel compares the students. A run that reports its training loss at another
+# The losses on the left cannot be compared with each other: at T = 4 both distributions are nearly flat, and so nearly equal. (The
+# curves are without the factor T².) Only the right panel compares the students. A run that reports its training loss at another
 # temperature has not become better by it.
 #
 # ## On the gradient: where the T² comes from
 #
-# Dividing the logits by $T$ divides the gradient by $T$, and flatter distributions differ less, by another $T$. So without a
-# correction a KL at $T = 4$ would count for a sixteenth beside the cross-entropy, and `kl_weight` would mean something else at every
-# temperature. Multiplied by $T^2$ the gradient keeps its size (Hinton et al. 2015). In the limit of a high temperature it becomes the
+# Dividing the logits by T divides the gradient by T, and flatter distributions differ less, by another T. So without a
+# correction a KL at T = 4 would count for a sixteenth beside the cross-entropy, and `kl_weight` would mean something else at every
+# temperature. Multiplied by T² the gradient keeps its size (Hinton et al. 2015). In the limit of a high temperature it becomes the
 # difference of the two models' centred logits: distillation turns into regression.
 
 # %%
@@ -161,7 +164,7 @@ for axes in (left, right):
 # %% [markdown]
 # ## What to take along
 #
-# - $T = 1$ is the default, and for text that is read once it is hard to beat: the student is used at $T = 1$, too.
+# - T = 1 is the default, and for text that is read once it is hard to beat: the student is used at T = 1, too.
 # - Raise it to 2 where the data repeats over many epochs and the teacher has become certain of it.
 # - `objective.temperature` is not the temperature of sampling; that is `evaluation.sampling_temperature`.
-# - Compare runs by `eval/…`, which is always at $T = 1$.
+# - Compare runs by `eval/…`, which is always at T = 1.

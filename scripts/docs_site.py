@@ -89,8 +89,8 @@ def _present(nav: list[Any], there: set[str]) -> Iterator[Any]:
 def configuration_page() -> str:
     """Every setting of every verb: key, default, what it may be, what it means."""
     parts = [
-        "# Configuration\n\nMade from `mini_distill/config.py` and `configs/`. A setting is given as `key=value`, a preset as `group=name`; defaults are those of the "
-        "command without any. What is wrong is named before a weight is loaded."
+        "# Configuration\n\nMade from `mini_distill/config.py` and `configs/`. A setting is given as `key=value`, a preset as `group=name`; "
+        "defaults are those of the command without any. What is wrong is named before a weight is loaded."
     ]
     described: set[str] = set()
     for name, (config_name, schema, command) in VERBS.items():
@@ -102,7 +102,7 @@ def configuration_page() -> str:
             else:
                 parts.append(f"### {group}\n\nAs above.")
     parts.append("## Settings by name")
-    parts += [f"### {where}\n\n{_first_sentence(schema)}\n\n{_table(schema(), where)}" for where, schema in WITHIN.items()]
+    parts += [f"### {_cell(where)}\n\n{_first_sentence(schema)}\n\n{_table(schema(), where)}" for where, schema in WITHIN.items()]
     return "\n\n".join(parts) + "\n"
 
 
@@ -129,7 +129,7 @@ def _groups(schema: type, config: Any) -> Iterator[tuple[str, str]]:
             yield f.name, text
     plain = [f for f in dataclasses.fields(schema) if not dataclasses.is_dataclass(getattr(config, f.name))]
     if plain:
-        yield "of the whole", "### of the whole\n\n" + _rows(config, plain, "")
+        yield "top level", "### top level\n\n" + _rows(config, plain, "")
 
 
 def _table(value: Any, group: str) -> str:
