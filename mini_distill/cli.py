@@ -57,7 +57,7 @@ def run_command(task: str, config_name: str = "train", schema: type = Config) ->
     except MiniDistillError as error:
         exit_codes.append(report(error))
     except KeyboardInterrupt:
-        print("error: interrupted before there was anything to save.", file=sys.stderr)
+        print("error: interrupted. The same command goes on from what was saved, if there is anything.", file=sys.stderr)
         exit_codes.append(130)
     sys.exit(max(exit_codes))
 

@@ -192,7 +192,7 @@ def open_run(config: Config) -> Iterator[tuple[RunFolder, StopRequest, Tracker]]
 
 @contextmanager
 def naming_the_process() -> Iterator[None]:
-    """With several processes, whose output is mixed, an unexpected error ends in a line that names the one it happened on."""
+    """With several processes, whose output is mixed, an unexpected error ends in a line that names the one it happened on, and when."""
     try:
         yield
     except MiniDistillError:
@@ -200,7 +200,8 @@ def naming_the_process() -> Iterator[None]:
     except Exception as error:
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise
-        where = f"rank {os.environ.get('RANK', '0')}"
+        steps = [note for note in getattr(error, "__notes__", []) if note.startswith("step ")]
+        where = ", ".join([f"rank {os.environ.get('RANK', '0')}", *steps])
         if isinstance(error, torch.distributed.DistError) or "Connection closed by peer" in str(error):
             raise DistributedError(where, "another process of the group is gone", "Its own line says why, if it was not killed.") from error
         traceback.print_exc()

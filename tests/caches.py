@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import safetensors.torch
+import torch
 
 from mini_distill.cli import load_config
 from mini_distill.config import CacheCommand
+from mini_distill.errors import CacheError, MiniDistillError
 from mini_distill.storage import MANIFEST
 
 cache_module: Any = importlib.import_module("mini_distill.cache")
@@ -24,6 +28,12 @@ KINDS: dict[str, list[str]] = {
     "full": ["cache.kind=full"],
     "hidden": ["cache.kind=hidden"],
 }
+SCRATCH = [
+    *("student=mini_2m", "student.hidden_size=32", "student.intermediate_size=64"),
+    *("student.num_layers=1", "student.num_heads=2", "student.num_kv_heads=1"),
+]
+SMALL = ["cache.kind=topk", "cache.k=8", "cache.shard_sequences=20", "cache.batch_size=8"]
+"""A cache of a few shards."""
 
 
 def cache_command(run_command: list[str]) -> list[str]:
@@ -64,3 +74,36 @@ def sign(folder: Path) -> None:
         if file.is_file() and file.name != MANIFEST
     }
     (folder / MANIFEST).write_text(json.dumps({"files": files}))
+
+
+def without(command: list[str], *groups: str) -> list[str]:
+    """A command less the settings of these groups."""
+    return [text for text in command if not text.startswith(groups)]
+
+
+def live(command: list[str]) -> list[str]:
+    """A student from scratch beside the live teacher."""
+    return [*without(command, "student"), *SCRATCH]
+
+
+def from_cache(command: list[str], folder: Path) -> list[str]:
+    """The same without the teacher."""
+    return [*without(command, "student", "teacher"), "teacher=cached", f"teacher.cache_dir={folder}", *SCRATCH]
+
+
+def refused(body: Callable[[], object], kind: type[MiniDistillError] = CacheError) -> str:
+    """The lines of an error, none of which may be split."""
+    with pytest.raises(kind) as caught:
+        body()
+    lines = [str(problem) for problem in caught.value.problems]
+    assert all("\n" not in line for line in lines)
+    return "\n".join(lines)
+
+
+def one_weight_changed(teacher: Path) -> None:
+    """By one unit in the last place."""
+    file = teacher / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    weight = tensors["model.layers.1.mlp.up_proj.weight"]
+    weight[3, 5] = torch.nextafter(weight[3, 5], torch.tensor(10.0))
+    safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from faults.twins import Twins
+from runs import copy_of
 from tokenizers import Tokenizer, decoders, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -105,3 +106,15 @@ def twins(tiny_command: list[str], tmp_path_factory: pytest.TempPathFactory) -> 
 def undisturbed(twins: Twins) -> Callable[[str], Path]:
     """The folder of the run of a kind that was never stopped."""
     return twins.undisturbed
+
+
+@pytest.fixture(scope="session")
+def caches(twins: Twins) -> Callable[[str], Path]:
+    """The cache of a kind, or the `small` one of a few shards; built once, not to be changed."""
+    return twins.cache
+
+
+@pytest.fixture
+def small(caches: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A cache of a few shards, to be changed."""
+    return copy_of(caches("small"), tmp_path / "small")

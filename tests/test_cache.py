@@ -21,68 +21,31 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from caches import KINDS, build, cache_command, cache_config, cache_module, change_column, content
+from caches import (
+    KINDS,
+    SMALL,
+    build,
+    cache_command,
+    cache_config,
+    cache_module,
+    change_column,
+    content,
+    from_cache,
+    live,
+    one_weight_changed,
+    refused,
+    without,
+)
 from faults.injection import count_operations, in_child
 from runs import before_step, copy_of, fork, forks, in_processes, rows, run, send, wait
 
 from mini_distill.cli import load_config, report
 from mini_distill.config import CacheCommand
 from mini_distill.digest import digest_run
-from mini_distill.errors import CacheError, ConfigError, MiniDistillError, Preempted, StorageError
+from mini_distill.errors import ConfigError, MiniDistillError, Preempted, StorageError
 from mini_distill.models.head import LanguageModel
 from mini_distill.teachers.cache_build import CacheBuilder
-from mini_distill.teachers.cache_identity import read_description, write_description
-
-SCRATCH = [
-    *("student=mini_2m", "student.hidden_size=32", "student.intermediate_size=64"),
-    *("student.num_layers=1", "student.num_heads=2", "student.num_kv_heads=1"),
-]
-SMALL = ["cache.kind=topk", "cache.k=8", "cache.shard_sequences=20", "cache.batch_size=8"]
-"""A cache of a few shards."""
-
-
-def without(command: list[str], *groups: str) -> list[str]:
-    return [text for text in command if not text.startswith(groups)]
-
-
-def live(command: list[str]) -> list[str]:
-    """A student from scratch beside the live teacher."""
-    return [*without(command, "student"), *SCRATCH]
-
-
-def from_cache(command: list[str], folder: Path) -> list[str]:
-    """The same without the teacher."""
-    return [*without(command, "student", "teacher"), "teacher=cached", f"teacher.cache_dir={folder}", *SCRATCH]
-
-
-@pytest.fixture(scope="module")
-def caches(tiny_command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The cache of a kind, built once; not to be changed."""
-    root = tmp_path_factory.mktemp("caches")
-
-    def folder(kind: str) -> Path:
-        if not (root / kind).exists():
-            more = SMALL if kind == "small" else [*KINDS[kind], "cache.batch_size=7", "cache.shard_sequences=9"]
-            build(tiny_command, root / kind, *more)
-        return root / kind
-
-    return folder
-
-
-@pytest.fixture
-def small(caches: Callable[[str], Path], tmp_path: Path) -> Path:
-    """A cache of a few shards, to be changed."""
-    return copy_of(caches("small"), tmp_path / "small")
-
-
-def refused(body: Callable[[], object], kind: type[MiniDistillError] = CacheError) -> str:
-    """The lines of an error, none of which may be split."""
-    with pytest.raises(kind) as caught:
-        body()
-    lines = [str(problem) for problem in caught.value.problems]
-    assert all("\n" not in line for line in lines)
-    return "\n".join(lines)
-
+from mini_distill.teachers.cache_identity import read_description
 
 # ------------------------------------------------------------------------------------------------ the same as the live teacher
 
@@ -212,151 +175,7 @@ def test_a_live_teacher_may_stand_beside_its_cache(
         assert found[name] == pytest.approx(wanted[name], rel=2e-5, abs=2e-5), name
 
 
-# ------------------------------------------------------------------------------------------------------------- it is a cache of
-
-
-def saved_copy(teacher: Path, target: Path) -> Path:
-    return Path(shutil.copytree(teacher, target))
-
-
-def one_weight_changed(teacher: Path) -> None:
-    """By one unit in the last place."""
-    file = teacher / "model.safetensors"
-    tensors = safetensors.torch.load_file(file)
-    weight = tensors["model.layers.1.mlp.up_proj.weight"]
-    weight[3, 5] = torch.nextafter(weight[3, 5], torch.tensor(10.0))
-    safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
-
-
-def two_tokens_swapped(teacher: Path) -> None:
-    """The vocabulary is as large as before."""
-    file = teacher / "tokenizer.json"
-    tokenizer = json.loads(file.read_text())
-    vocab = tokenizer["model"]["vocab"]
-    vocab["q"], vocab["z"] = vocab["z"], vocab["q"]
-    file.write_text(json.dumps(tokenizer))
-
-
-TEACHERS: dict[str, tuple[Callable[[Path], None] | None, list[str], str]] = {
-    "one weight": (one_weight_changed, [], "teacher.weights"),
-    "dtype": (None, ["teacher.dtype=bfloat16"], 'teacher.dtype: the cache has "float32", this run "bfloat16"'),
-    "permuted vocabulary": (two_tokens_swapped, [], "tokenizer: the cache has"),
-}
-SETTINGS = {
-    "kind": ("cache.kind=full", 'cache.kind: the cache has "topk", this run "full"'),
-    "k": ("cache.k=9", "cache.k: the cache has 8, this run 9"),
-    "temperature": ("cache.temperature=2", "cache.temperature: the cache has 1.0, this run 2.0"),
-    "tail": ("cache.tail=spread", 'cache.tail: the cache has "bucket", this run "spread"'),
-}
-DATA = {
-    "length": ("data.seq_len=24", "seq_len: the cache has 32, this run 24"),
-    "packing": ("data.packing=false", "packing: the cache has"),
-    "fewer rows": ("data.max_rows=50", "the cache has"),
-    "held-out share": ("data.eval_fraction=0.1", "the cache has 0.2, this run 0.1"),
-}
-
-
-@pytest.mark.parametrize("case", TEACHERS)
-def test_another_teacher_or_tokenizer_is_refused(
-    case: str, tiny_command: list[str], tiny_teacher: Path, caches: Callable[[str], Path], tmp_path: Path
-) -> None:
-    change, more, words = TEACHERS[case]
-    other = saved_copy(tiny_teacher, tmp_path / "teacher")
-    if change is not None:
-        change(other)
-    command = [*tiny_command, f"teacher.path={other}", *more]
-    before = content(caches("small"))
-    assert words in refused(lambda: build(command, caches("small"), *SMALL))
-    assert words in refused(lambda: run([*command, f"teacher.cache_dir={caches('small')}"], tmp_path / "run"))
-    assert words in refused(lambda: cache_module.verify(cache_config(command, caches("small"), *SMALL)))
-    assert content(caches("small")) == before and CacheError.exit_code == 5
-
-
-@pytest.mark.parametrize("case", SETTINGS)
-def test_other_settings_of_the_cache_are_refused(case: str, tiny_command: list[str], caches: Callable[[str], Path]) -> None:
-    override, words = SETTINGS[case]
-    more = [text for text in SMALL if "full" not in override or "cache.k=" not in text]
-    lines = refused(lambda: build(tiny_command, caches("small"), *more, override))
-    assert words in lines and "Choose another cache.dir" in lines
-
-
-def test_another_seed_is_refused_where_tokens_are_drawn(tiny_command: list[str], caches: Callable[[str], Path]) -> None:
-    lines = refused(lambda: build(tiny_command, caches("sampled"), *KINDS["sampled"], "cache.seed=1"))
-    assert lines.splitlines()[0].startswith(f"{caches('sampled')}: cache.seed: the cache has 0, this run 1.")
-    build(tiny_command, caches("small"), *SMALL, "cache.seed=1")  # nothing is drawn
-
-
-@pytest.mark.parametrize("case", DATA)
-def test_other_data_is_refused(case: str, tiny_command: list[str], caches: Callable[[str], Path], tmp_path: Path) -> None:
-    override, words = DATA[case]
-    assert words in refused(lambda: run([*from_cache(tiny_command, caches("small")), override], tmp_path / "run"))
-    assert words in refused(lambda: build([*tiny_command, override], caches("small"), *SMALL))
-
-
-@pytest.mark.parametrize(
-    "change", [lambda lines: lines[::-1], lambda lines: [lines[0].replace("a", "e", 1), *lines[1:]]], ids=["order", "row"]
-)
-def test_other_rows_or_another_order_of_them_are_refused(
-    change: Callable[[list[str]], list[str]], tiny_command: list[str], tiny_corpus: Path, caches: Callable[[str], Path], tmp_path: Path
-) -> None:
-    other = tmp_path / tiny_corpus.name
-    lines = tiny_corpus.read_text().splitlines(keepends=True)
-    assert change(lines) != lines
-    other.write_text("".join(change(lines)))
-    command = [*tiny_command, f"data.path={other}"]
-    assert "data." in refused(lambda: run(from_cache(command, caches("small")), tmp_path / "run"))
-
-
-def test_another_chat_template_is_refused(tiny_command: list[str], tiny_teacher: Path, tmp_path: Path) -> None:
-    chats = tmp_path / "chats.jsonl"
-    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]
-    chats.write_text((json.dumps({"messages": turns}) + "\n") * 20)
-    template = "{% for m in messages %}{{ m['role'][0] }}: {{ m['content'] }}\n{% endfor %}"
-    command = [*without(tiny_command, "data"), "data=jsonl", f"data.path={chats}", "data.messages_column=messages"]
-    command += ["data.seq_len=32", "data.eval_fraction=0"]
-    for name, text in (("one", template), ("other", template.replace(": ", "- "))):
-        (saved_copy(tiny_teacher, tmp_path / name) / "chat_template.jinja").write_text(text)
-    build([*command, f"teacher.path={tmp_path / 'one'}"], tmp_path / "cache", *SMALL)
-    other = [*command, f"teacher.path={tmp_path / 'other'}"]
-    assert "the cache has" in refused(lambda: build(other, tmp_path / "cache", *SMALL))
-    assert "the cache has" in refused(lambda: run([*other, f"teacher.cache_dir={tmp_path / 'cache'}"], tmp_path / "run"))
-
-
-@pytest.mark.parametrize("number", [0, 2])
-def test_another_format_is_refused(number: int, tiny_command: list[str], small: Path, tmp_path: Path) -> None:
-    description = read_description(small)
-    description["identity"]["format"] = number
-    write_description(small, description)
-    for body in (
-        lambda: run(from_cache(tiny_command, small), tmp_path / "run"),
-        lambda: build(tiny_command, small, *SMALL),
-        lambda: cache_module.info(cache_config(tiny_command, small)),
-    ):
-        assert f"cache.json: format {number}, expected 1" in refused(body)
-
-
-IMPOSSIBLE = {
-    "reverse KL from samples": ("sampled", "objective=reverse_kl", "objective.divergence: reverse_kl from sampled targets is biased"),
-    "another temperature": (
-        "topk",
-        "objective.temperature=2",
-        "objective.temperature: got 2.0, and the cache was written at temperature 1.0",
-    ),
-    "a term": (
-        "sampled",
-        "objective.terms={second: {kind: jsd, weight: 0.5}}",
-        "objective.terms.second.kind: jsd from sampled targets is biased",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", IMPOSSIBLE)
-def test_impossible_pairs_are_refused_with_the_configuration(
-    case: str, tiny_command: list[str], caches: Callable[[str], Path], tmp_path: Path
-) -> None:
-    kind, override, words = IMPOSSIBLE[case]
-    assert words in refused(lambda: run([*from_cache(tiny_command, caches(kind)), override], tmp_path / "run"), ConfigError)
-    assert ConfigError.exit_code == 2 and not (tmp_path / "run").exists()
+# ---------------------------------------------------------------------------------------------------------------- what trains from it
 
 
 @pytest.mark.parametrize("kind", ["topk", "full", "hidden"])
@@ -432,7 +251,7 @@ def test_a_damaged_tokenizer_or_head_is_made_again(
 
 def test_shards_of_another_teacher_are_not_taken_over(tiny_command: list[str], tiny_teacher: Path, small: Path, tmp_path: Path) -> None:
     """cache.json deleted by hand, and built again with another teacher: what lay there looked whole."""
-    other = saved_copy(tiny_teacher, tmp_path / "teacher")
+    other = copy_of(tiny_teacher, tmp_path / "teacher")
     one_weight_changed(other)
     (small / "cache.json").unlink()
     command = [*tiny_command, f"teacher.path={other}"]
@@ -677,7 +496,7 @@ def test_a_teacher_that_is_not_finite_is_one_line(
     tiny_command: list[str], tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(LanguageModel, "_check_head", lambda *_: None)  # as if it overflowed on this text only
-    other = saved_copy(tiny_teacher, tmp_path / "teacher")
+    other = copy_of(tiny_teacher, tmp_path / "teacher")
     tensors = safetensors.torch.load_file(other / "model.safetensors")
     tensors["model.norm.weight"][3] = float("nan")
     safetensors.torch.save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})

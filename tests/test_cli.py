@@ -217,7 +217,7 @@ def test_an_interrupt_before_anything_is_130(command: Callable[..., Ended]) -> N
         ended = command("seed=130")
     finally:
         signal.signal(signal.SIGINT, before)
-    assert (ended.code, ended.lines) == (130, ["error: interrupted before there was anything to save."])
+    assert (ended.code, ended.lines) == (130, ["error: interrupted. The same command goes on from what was saved, if there is anything."])
 
 
 # ------------------------------------------------------------------------------------------------------------- sweeps and printing

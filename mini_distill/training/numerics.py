@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config
-from ..errors import NumericsError, OutOfMemory
+from ..errors import MiniDistillError, NumericsError, OutOfMemory
 from .optimizer import learning_rate
 
 if TYPE_CHECKING:
@@ -68,6 +68,8 @@ def check_finite(
 def memory_errors(step: int, config: Config) -> Iterator[None]:
     """An allocation that fails becomes one line with what to do. All batches have one shape, so the first step tells.
 
+    Other unexpected errors are noted with the step, which `naming_the_process` puts into their line.
+
     Raises:
         OutOfMemory: names the step and the settings that use less.
     """
@@ -75,10 +77,12 @@ def memory_errors(step: int, config: Config) -> Iterator[None]:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise _out_of_memory(step, config, error) from error
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # torch has no class of its own for the memory of a CPU
-            raise
-        raise _out_of_memory(step, config, error) from error
+    except Exception as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # torch has no class of its own for a CPU's memory
+            raise _out_of_memory(step, config, error) from error
+        if not isinstance(error, MiniDistillError):
+            error.add_note(f"step {step}")
+        raise
 
 
 def _out_of_memory(step: int, config: Config, error: BaseException) -> OutOfMemory:

@@ -18,9 +18,14 @@ from runs import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from faults.record import record
 from faults.twins import crash_before
 from mini_distill.digest import digest_run
 from mini_distill.errors import ConfigError
+
+
+def note_refused() -> None:
+    record("changed runs", injected=1, fired=1, refused=1)
 
 
 def variant_of_corpus(corpus: Path, folder: Path) -> Path:
@@ -54,6 +59,7 @@ def test_changed_setting_is_refused_with_old_and_new_value(
     (problem,) = [problem for problem in caught.value.problems if problem.where == key]
     assert old in problem.what and new in problem.what and f"resume_allow=[{key}]" in problem.remedy
     assert digest_run(folder) == before or status(folder)["state"] == "failed"
+    note_refused()
 
 
 def test_changed_data_file_is_refused(tiny_command: list[str], tiny_corpus: Path, tmp_path: Path) -> None:
@@ -64,6 +70,7 @@ def test_changed_data_file_is_refused(tiny_command: list[str], tiny_corpus: Path
     with pytest.raises(ConfigError, match=r"^data\.") as caught:
         run([*tiny_command, f"data.path={corpus}"], tmp_path / "run")
     assert "resume_allow=[data]" in str(caught.value)
+    note_refused()
 
 
 def test_one_changed_teacher_weight_is_refused(tiny_command: list[str], tiny_teacher: Path, tmp_path: Path) -> None:
@@ -76,6 +83,7 @@ def test_one_changed_teacher_weight_is_refused(tiny_command: list[str], tiny_tea
     model.save_pretrained(teacher)
     with pytest.raises(ConfigError, match=r"^teacher"):
         run(command, tmp_path / "run")
+    note_refused()
 
 
 def test_changed_tokenizer_is_refused(tiny_command: list[str], tiny_teacher: Path, tmp_path: Path) -> None:
@@ -88,6 +96,7 @@ def test_changed_tokenizer_is_refused(tiny_command: list[str], tiny_teacher: Pat
     with pytest.raises(ConfigError) as caught:
         run(command, tmp_path / "run")
     assert "tokenizer" in [problem.where for problem in caught.value.problems]
+    note_refused()
 
 
 def test_harmless_settings_may_change(tiny_command: list[str], tmp_path: Path, undisturbed: Callable[[str], Path]) -> None:

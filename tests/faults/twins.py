@@ -7,17 +7,13 @@ from pathlib import Path
 
 import pytest
 from caches import KINDS as CACHES
-from caches import build
+from caches import SCRATCH, SMALL, build
 from runs import before_step, run
 
 from mini_distill import result
 from mini_distill.digest import digest_run
 
 KEEP_ALL = ["trainer.save_every=1", "trainer.keep_checkpoints=99"]
-SCRATCH = [
-    *("student=mini_2m", "student.hidden_size=32", "student.intermediate_size=64"),
-    *("student.num_layers=1", "student.num_heads=2", "student.num_kv_heads=1"),
-]
 KINDS: dict[str, list[str]] = {
     "plain": KEEP_ALL,
     "accumulation of 2": [*KEEP_ALL, "trainer.grad_accum_steps=2", "trainer.micro_batch_size=2"],
@@ -78,10 +74,12 @@ class Twins:
         return [*kept, *teacher, *(text for text in added if not text.startswith("cache:"))]
 
     def cache(self, kind: str) -> Path:
-        """A cache of the tiny teacher's targets; not to be changed."""
+        """A cache of the tiny teacher's targets, `small` or of a kind; not to be changed."""
         folder = self.root / f"cache-{kind}"
         if not (folder / "summary.json").exists():
-            build(self.tiny_command, folder, *CACHES[kind], "cache.shard_sequences=9")
+            build(
+                self.tiny_command, folder, *(SMALL if kind == "small" else [*CACHES[kind], "cache.batch_size=7", "cache.shard_sequences=9"])
+            )
         return folder
 
     def undisturbed(self, kind: str) -> Path:

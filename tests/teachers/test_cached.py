@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from caches import KINDS, build, cache_config, change_column, sign
+from faults.record import record
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -306,6 +307,7 @@ def test_impossible_content_under_right_checksums_is_one_line(case: str, made: M
         teacher(made.train.batch([0, 8]))
     assert caught.value.exit_code == 5 and words in str(caught.value)
     assert "shard-00001" in str(caught.value) and "Delete this folder and build" in str(caught.value) and "\n" not in str(caught.value)
+    record("impossible targets under right checksums", injected=1, fired=1, refused=1)
 
 
 @pytest.mark.parametrize(("name", "value"), [("top_id", VOCAB), ("top_id", -1), ("target_log_prob", np.nan), ("exact_entropy", -1.0)])
