@@ -1,0 +1,233 @@
+"""A measured folder as the report reads it: five files, each of which may be missing and none of which may be damaged."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, StorageError
+from ..redaction import redact
+
+FROM_TRAINING = ("eval/", "before/", "control/", "train/", "data/")
+"""Families of figures that a run measures itself; the others are taken from its `evaluation` folder where it has one."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A run, or what `python -m mini_distill.evaluate` wrote.
+
+    Attributes:
+        path: The folder, as it was given.
+        config: Its settings, as nested plain values; empty where there are none.
+        status: `state`, `step`, … of a run; empty for an evaluation.
+        summary: Every final number; null where one was not finite. Empty while a run is not finished.
+        rows: What was logged, by step.
+        details: `reliability`, `slices`, `differences`, `samples`, as far as they are there.
+        evaluation: What was taken from the `evaluation` folder of a run, in words, or "".
+    """
+
+    path: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    status: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+    evaluation: str = ""
+
+    @property
+    def name(self) -> str:
+        """What it is called: its folder; for the `evaluation` of a run, the run's too."""
+        path = self.path.resolve()
+        return f"{path.parent.name}/{path.name}" if path.name == "evaluation" else path.name
+
+    @property
+    def state(self) -> str:
+        """running, finished, preempted, failed; `measured` for an evaluation."""
+        return str(self.status.get("state", "measured" if self.summary else "unknown"))
+
+    @property
+    def seed(self) -> int | None:
+        """Its seed, if it has a configuration."""
+        return self.config.get("seed")
+
+    @property
+    def is_training(self) -> bool:
+        """Whether it was trained here, and not only measured."""
+        return "trainer" in self.config or bool(self.rows)
+
+    def value(self, key: str) -> float | None:
+        """A figure of the summary; None where it is missing or not finite."""
+        return finite(self.summary.get(key))
+
+    def curve(self, key: str) -> list[tuple[float, float]]:
+        """What was logged of a metric: (step, value)."""
+        return [(float(row["step"]), value) for row in self.rows if (value := finite(row.get(key))) is not None]
+
+
+def finite(value: Any) -> float | None:
+    """A number, as such; None for anything else, NaN and infinities."""
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if usable else None
+
+
+def is_measured(path: Path) -> bool:
+    """Whether a folder is a run or an evaluation, whatever it has come to."""
+    return any((path / name).is_file() for name in ("status.json", "summary.json", "config.yaml"))
+
+
+def open_measured(path: Path) -> Measured:
+    """Read a folder.
+
+    Raises:
+        ConfigError: there is no such folder, or it holds nothing that a run or an evaluation leaves.
+        StorageError: a file in it is damaged: which, and on what line.
+    """
+    if not path.is_dir():
+        raise ConfigError(str(path), "no such folder", "Give the output_dir of a run, of an evaluation or of a sweep.")
+    if not is_measured(path):
+        raise ConfigError(str(path), "neither a run nor an evaluation (no status.json, summary.json or config.yaml)", "Give an output_dir.")
+    summary, details = _object(path / "summary.json"), _details(path / "details.json")
+    found = Measured(path, _settings(path / "config.yaml"), _object(path / "status.json"), summary, _rows(path / "metrics.jsonl"), details)
+    return _with_evaluation(found)
+
+
+def check_something_is_measured(found: Measured) -> None:
+    """Refuse what has no figure yet.
+
+    Raises:
+        ConfigError: nothing was logged.
+    """
+    if not found.summary and not found.rows:
+        why = f": {error}" if (error := found.status.get("error")) else ""
+        raise ConfigError(
+            str(found.path), f"nothing has been logged yet (the run is {found.state}{why})", "Run its command again to finish it."
+        )
+
+
+def _with_evaluation(run: Measured) -> Measured:
+    """A run with the further figures of its `evaluation` folder, unless that is older than the run's own."""
+    folder = run.path / "evaluation"
+    if not run.summary or not (folder / "summary.json").is_file():
+        return run
+    if (folder / "summary.json").stat().st_mtime < (run.path / "summary.json").stat().st_mtime:
+        return Measured(**vars(run) | {"evaluation": "evaluation/ is older than the run's own figures and is left out."})
+    further = {key: value for key, value in _object(folder / "summary.json").items() if not key.startswith(FROM_TRAINING)}
+    further |= {key: value for key, value in _object(folder / "summary.json").items() if key not in run.summary}
+    note = "Speed, tasks, slices, calibration, differences and samples are those of evaluation/."
+    summary, details = run.summary | further, run.details | _details(folder / "details.json")
+    return Measured(**vars(run) | {"summary": summary, "details": details, "evaluation": note})
+
+
+# --------------------------------------------------------------------------------------------------------------------------- files
+
+
+def _object(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    return _parsed(file, _text(file), 1)
+
+
+def _parsed(file: Path, text: str, line: int) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        at = line + getattr(error, "lineno", 1) - 1
+        raise StorageError(f"{file}:{at}", f"not JSON: {getattr(error, 'msg', 'too deep')}", _remedy(file)) from error
+    if not isinstance(found, dict):
+        raise StorageError(f"{file}:{line}", f"got a {type(found).__name__}, expected a JSON object", _remedy(file))
+    return found
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise StorageError(f"{file}:{line}", "not UTF-8 text", _remedy(file)) from error
+    except OSError as error:
+        raise StorageError(str(file), f"cannot be read: {error.strerror}") from error
+
+
+def _remedy(file: Path) -> str:
+    return "Delete this line." if file.suffix == ".jsonl" else "Delete the file and run the command that wrote it again."
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl by step; a last line that was cut short by a kill does not count."""
+    lines = _text(file).split("\n")[:-1] if file.is_file() else []
+    rows = [(number, _parsed(file, line, number)) for number, line in enumerate(lines, start=1) if line.strip()]
+    for number, row in rows:
+        if finite(row.get("step")) is None:
+            raise StorageError(f"{file}:{number}", "a row without a step", _remedy(file))
+    return sorted((row for _, row in rows), key=lambda row: row["step"])
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    import yaml
+
+    if not file.is_file():
+        return {}
+    try:
+        found = yaml.safe_load(_text(file)) or {}
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{file}:{mark.line + 1}" if mark else str(file)
+        raise StorageError(where, f"not YAML: {getattr(error, 'problem', error)}", _remedy(file)) from error
+    if not isinstance(found, dict):
+        raise StorageError(f"{file}:1", f"got a {type(found).__name__}, expected settings", _remedy(file))
+    redacted: dict[str, Any] = redact(found)  # once more: whoever gets the page may not be who has the folder
+    return redacted
+
+
+Shape = Callable[[Any], bool]
+
+
+def _objects_with(*lists: str) -> Shape:
+    """A list of objects, which have lists of objects under these names."""
+
+    def fits(value: Any) -> bool:
+        if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+            return False
+        return all(_objects_with()(entry.get(name)) for entry in value for name in lists)
+
+    return fits
+
+
+def _by_name(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_objects_with(), value.values()))
+
+
+def _samples(value: Any) -> bool:
+    return _objects_with()(value) and all(isinstance(sample.get("continuations"), dict) for sample in value)
+
+
+SHAPES: Mapping[str, Shape] = {
+    "reliability": _by_name,
+    "slices": _by_name,
+    "differences": _objects_with("tokens"),
+    "samples": _samples,
+}
+
+
+def _details(file: Path) -> dict[str, Any]:
+    found = _object(file)
+    for name, fits in SHAPES.items():
+        if name in found and not fits(found[name]):
+            raise StorageError(str(file), f"'{name}' is not as this version writes it", _remedy(file))
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------------------------- settings
+
+
+def leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Full path and value of each setting: ("trainer.max_steps", 100). A mapping of a user's own, such as a mixture, is walked too."""
+    for name, value in settings.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

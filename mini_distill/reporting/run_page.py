@@ -1,0 +1,482 @@
+"""The page of one run or evaluation: what was kept, in words, figures, curves and text."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from ..compare import has_teacher_signal, objective_text
+from ..evaluation.table import count, percent
+from .charts import Chart, Drawing, Series, draw, thinned
+from .figures import Cell, Figure, Table, factor, figure, ratio, signed_free, text_of, times
+from .measured import Measured, finite
+
+MODELS = ("teacher", "student")
+FEWEST_POINTS = 2
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A headline figure: its name, the figure, and a few words with further ones (texts and figures in turn)."""
+
+    name: str
+    figure: Figure
+    beside: tuple[str | Figure, ...] = ()
+
+
+# ------------------------------------------------------------------------------------------------------------------------- headline
+
+
+def tiles(found: Measured) -> list[Tile]:
+    """The figures that a reader looks for first, as far as they were measured."""
+    figures = {key: figure(found, key) for key in found.summary}
+    wanted = [
+        ("perplexity", figures.get("eval/student_perplexity"), _beside_perplexity(found)),
+        ("gap closed", figures.get("control/gap_closed"), ("of the way from the control to the teacher",)),
+        ("KL to the teacher", figures.get("eval/forward_kl"), ("nats per token", *_before(found, "before/forward_kl"))),
+        ("top-1 agreement", figures.get("eval/top1_agreement"), ("same most likely token", *_before(found, "before/top1_agreement"))),
+        ("size", ratio(found, "model/student_parameters", "model/teacher_parameters", percent), _sizes(found)),
+        (
+            "reading speed",
+            ratio(found, "perf/student_tokens_per_second", "perf/teacher_tokens_per_second", times),
+            ("as fast as the teacher",),
+        ),
+    ]
+    return [Tile(name, shown, beside) for name, shown, beside in wanted if shown is not None]
+
+
+def _beside_perplexity(found: Measured) -> tuple[str | Figure, ...]:
+    parts: list[str | Figure] = []
+    for word, key in (
+        ("teacher", "eval/teacher_perplexity"),
+        ("before", "before/student_perplexity"),
+        ("control", "control/student_perplexity"),
+    ):
+        if (shown := figure(found, key)) is not None:
+            parts += [", " if parts else "", f"{word} ", shown]
+    return tuple(parts)
+
+
+def _before(found: Measured, key: str) -> tuple[str | Figure, ...]:
+    shown = figure(found, key)
+    return () if shown is None else (", before ", shown)
+
+
+def _sizes(found: Measured) -> tuple[str | Figure, ...]:
+    student, teacher = figure(found, "model/student_parameters"), figure(found, "model/teacher_parameters")
+    return (student, " of ", teacher, " parameters") if student and teacher else ()
+
+
+def in_words(found: Measured) -> Iterator[tuple[str | Figure, ...]]:
+    """Sentences, as texts and figures in turn."""
+    size = ratio(found, "model/student_parameters", "model/teacher_parameters", percent)
+    speed = ratio(found, "perf/student_tokens_per_second", "perf/teacher_tokens_per_second", factor)
+    agreement = figure(found, "eval/top1_agreement")
+    if size and speed and speed.value:
+        yield "The student has ", size, " of the teacher's parameters and reads text ", speed, " times as fast."
+    elif size:
+        yield "The student has ", size, " of the teacher's parameters."
+    if agreement:
+        yield "It would write the same next token as the teacher at ", agreement, " of the places."
+    yield from _loss_in_words(found)
+    gap, reduction = found.value("control/gap_closed"), figure(found, "control/kl_reduction")
+    if (shown := figure(found, "control/gap_closed")) and gap is not None:
+        meaning = " of what separates the same student, trained without a teacher, from the teacher"
+        yield ("Distillation closes ", shown, meaning, ".") if gap > 0 else ("Distillation did not help: it closes ", shown, meaning, ".")
+    if reduction and reduction.value and reduction.value > 0:
+        yield "It takes away ", reduction, " of the control's divergence from the teacher."
+
+
+def _loss_in_words(found: Measured) -> Iterator[tuple[str | Figure, ...]]:
+    keys = ("before/student_nll", "eval/student_nll", "eval/teacher_nll")
+    before, student, teacher = (found.value(key) for key in keys)
+    if student is None or teacher is None:
+        return
+    above = Figure(text_of(keys[1], abs(student - teacher)), f"{keys[1]} {keys[2]}", abs(student - teacher))
+    sentence: tuple[str | Figure, ...] = (
+        "On held-out text it loses ",
+        above,
+        f" nats per token {'more' if student >= teacher else 'less'} than the teacher",
+    )
+    if before is not None and before > teacher:
+        share = (before - student) / (before - teacher)
+        way = Figure(percent(share), " ".join(keys), share)
+        sentence += ("; training took it ", way, " of the way there from where it began") if share > 0 else ("; training made it worse",)
+    yield (*sentence, ".")
+
+
+# --------------------------------------------------------------------------------------------------------------------------- curves
+
+CURVES = (
+    ("Training loss", "loss", (("train/loss", "student"),), ()),
+    (
+        "Held-out loss",
+        "nats per token",
+        (("eval/student_nll", "student"),),
+        (("teacher", "eval/teacher_nll"), ("control", "control/student_nll")),
+    ),
+    ("KL to the teacher", "nats per token", (("eval/forward_kl", "student"),), (("control", "control/forward_kl"),)),
+    ("Top-1 agreement", "share of tokens", (("eval/top1_agreement", "student"),), (("control", "control/top1_agreement"),)),
+)
+
+
+def curves(found: Measured) -> list[Drawing]:
+    """Losses and agreement against steps, with the levels of teacher and control."""
+    drawn = []
+    for title, unit, keys, level_keys in CURVES:
+        series, sizes = [], set()
+        for key, style in keys:
+            points, size = thinned(found.curve(key))
+            if len(points) >= FEWEST_POINTS:
+                series.append(Series(style, points, style))
+                sizes.add(size)
+        levels = [(name, value, name) for name, key in level_keys if (value := _level(found, key)) is not None]
+        if series:
+            note = f"Each point is the mean of {max(sizes)} logged steps." if max(sizes) > 1 else ""
+            text = percent_whole if unit == "share of tokens" else signed_free
+            every_key = " ".join(key for key, _ in (*keys, *((key, name) for name, key in level_keys)))
+            drawn.append(draw(Chart(title, "optimizer step", unit, series, every_key, levels, y_text=text, x_text=count_text, note=note)))
+    return drawn
+
+
+def _level(found: Measured, key: str) -> float | None:
+    """The final figure; of a run that is not finished, the last that was logged."""
+    logged = found.curve(key)
+    return found.value(key) if found.value(key) is not None else (logged[-1][1] if logged else None)
+
+
+def count_text(value: float) -> str:
+    """A number of steps."""
+    return f"{value:,.0f}" if value == int(value) else f"{value:g}"
+
+
+# ------------------------------------------------------------------------------------------------------------- what is behind a figure
+
+
+def reliability(found: Measured) -> Drawing | None:
+    """How often the most likely token is right, against how likely the models say it is."""
+    series = []
+    for model in MODELS:
+        bins = [b for b in found.details.get("reliability", {}).get(model, []) if b.get("tokens") and finite(b.get("accuracy")) is not None]
+        points = [(float(b["confidence"]), float(b["accuracy"])) for b in bins if finite(b.get("confidence")) is not None]
+        titles = [
+            f"{model}: sure of {percent(b['confidence'])}, right in {percent(b['accuracy'])} of {count(b['tokens'])} tokens" for b in bins
+        ]
+        if points and len(points) == len(titles):
+            series.append(Series(model, points, model, titles=titles))
+    if not series:
+        return None
+    labels = ("how sure the model is", "how often it is right")
+    chart = Chart(
+        "Calibration", *labels, series, "reliability", diagonal="as sure as right", square=True, x_text=percent_whole, y_text=percent_whole
+    )
+    return draw(chart)
+
+
+def percent_whole(value: float) -> str:
+    """A share without decimals."""
+    return f"{100 * value:.0f} %"
+
+
+@dataclass(frozen=True)
+class SliceView:
+    """The figures by parts of the held-out text: a name, two charts and the table behind them."""
+
+    name: str
+    charts: list[Drawing]
+    table: Table
+
+
+SLICE_NAMES = {"position": "tokens before the predicted one", "teacher_entropy": "the teacher's uncertainty (entropy, nats)"}
+SLICE_COLUMNS = (
+    ("tokens", "tokens", count),
+    ("student loss", "student_nll", signed_free),
+    ("teacher loss", "teacher_nll", signed_free),
+    ("KL", "forward_kl", signed_free),
+    ("top-1 agreement", "top1_agreement", percent),
+)
+
+
+def slices(found: Measured) -> list[SliceView]:
+    """Where the student is good and where not."""
+    views = []
+    for name, rows in found.details.get("slices", {}).items():
+        if not rows:
+            continue
+        columns = [c for c in SLICE_COLUMNS if any(finite(row.get(c[1])) is not None for row in rows)]
+        label = SLICE_NAMES.get(name, name)
+        cells: list[list[Cell]] = [
+            [str(row.get("label", "")), *(_cell(f"slices/{name}", row, key, text) for _, key, text in columns)] for row in rows
+        ]
+        table = Table(f"By {label}", [label, *(title for title, _, _ in columns)], cells)
+        views.append(SliceView(f"By {label}", list(_slice_charts(name, label, rows)), table))
+    return views
+
+
+def _cell(path: str, row: dict[str, Any], key: str, text: Any) -> Figure | None:
+    value = finite(row.get(key))
+    return None if value is None else Figure(text(value), f"{path}/{row.get('label', '')}/{key}", value)
+
+
+def _slice_charts(name: str, label: str, rows: list[dict[str, Any]]) -> Iterator[Drawing]:
+    names = [short(str(row.get("label", ""))) for row in rows]
+    joined = name in SLICE_NAMES  # a column of the rows has no order
+    for title, unit, keys in (
+        ("Loss", "nats per token", (("student_nll", "student"), ("teacher_nll", "teacher"))),
+        ("KL to the teacher", "nats per token", (("forward_kl", "student"),)),
+    ):
+        series = []
+        for key, style in keys:
+            points = [(float(i), value) for i, row in enumerate(rows) if (value := finite(row.get(key))) is not None]
+            series.append(Series(style, points, style, line=joined, marks=True))
+        if any(s.points for s in series) and len(rows) > 1:
+            yield draw(Chart(title, label, unit, [s for s in series if s.points], f"slices/{name}", categories=names))
+
+
+def short(label: str) -> str:
+    """A slice's label for an axis: `below 0.1` is `<0.1`, `6 and more` is `≥6`."""
+    return f"<{label[6:]}" if label.startswith("below ") else f"≥{label[:-9]}" if label.endswith(" and more") else label
+
+
+HEAT = (0.05, 0.2, 0.5, 1.0, 2.0, 4.0)
+"""Upper limits of the KL (nats) of each background but the last."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of a text: its spelling, how strong its background is (0 … 6; None: it was not predicted), and what its title says."""
+
+    text: str
+    heat: int | None
+    title: str
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A text in which the student is far from its teacher."""
+
+    row: str
+    kl: Figure
+    tokens: list[Token]
+    worst: Table
+
+
+def differences(found: Measured) -> list[Difference]:
+    """The texts in which the student is furthest from its teacher, token by token."""
+    shown = []
+    for i, entry in enumerate(found.details.get("differences", [])):
+        kl = finite(entry.get("forward_kl"))
+        if kl is None:
+            continue
+        tokens = [_token(token) for token in entry["tokens"]]
+        shown.append(
+            Difference(
+                str(entry.get("row", "")), Figure(f"{kl:.2f}", f"differences/{i}/forward_kl", kl), tokens, _worst(i, entry["tokens"])
+            )
+        )
+    return shown
+
+
+def _token(token: dict[str, Any]) -> Token:
+    text, kl = str(token.get("text", "")), finite(token.get("forward_kl"))
+    if kl is None:
+        return Token(text, None, "not predicted")
+    lines = [f"KL {kl:.2f} nats"]
+    for model in MODELS:
+        nll, top = finite(token.get(f"{model}_nll")), token.get(f"{model}_top")
+        likely = "" if nll is None else f" gives it {percent(math.exp(-nll))}"
+        lines.append(f"{model}{likely}{', expects' if likely else ' expects'} “{top}”" if top is not None else f"{model}{likely}")
+    return Token(text, sum(kl >= limit for limit in HEAT), "\n".join(lines))
+
+
+def _worst(number: int, tokens: list[dict[str, Any]], most: int = 6) -> Table:
+    """The tokens with the highest KL, for who cannot point at them."""
+    known = [(i, token) for i, token in enumerate(tokens) if finite(token.get("forward_kl")) is not None]
+    rows: list[list[Cell]] = []
+    for i, token in sorted(known, key=lambda pair: -pair[1]["forward_kl"])[:most]:
+        path = f"differences/{number}/tokens/{i}"
+        rows.append(
+            [
+                _visible(token.get("text")),
+                _plain(path, token, "forward_kl"),
+                _visible(token.get("teacher_top")),
+                _visible(token.get("student_top")),
+                _plain(path, token, "teacher_nll"),
+                _plain(path, token, "student_nll"),
+            ]
+        )
+    return Table("Furthest apart", ["token", "KL", "teacher expects", "student expects", "teacher's loss", "student's loss"], rows)
+
+
+def _visible(text: Any) -> str:
+    return "" if text is None else str(text).replace(" ", "·").replace("\n", "↵")
+
+
+def _plain(path: str, token: dict[str, Any], key: str) -> Figure | None:
+    value = finite(token.get(key))
+    return None if value is None else Figure(f"{value:.2f}", f"{path}/{key}", value)
+
+
+@dataclass(frozen=True)
+class SampleView:
+    """A prompt and (model, text) pairs."""
+
+    prompt: str
+    continuations: list[tuple[str, str]]
+
+
+def samples(found: Measured) -> list[SampleView]:
+    """Side by side."""
+    return [
+        SampleView(str(sample.get("prompt", "")), [(str(name), str(text)) for name, text in sample["continuations"].items()])
+        for sample in found.details.get("samples", [])
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------- other tables
+
+COSTS = (
+    ("parameters", "model", "parameters"),
+    ("weight files", "model", "file_bytes"),
+    ("weights in memory", "model", "weight_bytes"),
+    ("operations per token", "model", "flops_per_token"),
+    ("tokens read per second", "perf", "tokens_per_second"),
+    ("time to the first token", "perf", "time_to_first_token"),
+    ("tokens written per second", "perf", "generation_tokens_per_second"),
+    ("peak memory", "perf", "peak_memory_bytes"),
+    ("cost of a million written tokens", "cost", "per_million_tokens"),
+    ("joules per million written tokens (estimate)", "energy", "joules_per_million_tokens_estimate"),
+)
+BATCHED = "generation_tokens_per_second_batch"
+
+
+def efficiency(found: Measured) -> Table | None:
+    """What teacher and student cost."""
+    batches = sorted({key.rpartition(BATCHED)[2] for key in found.summary if BATCHED in key}, key=lambda text: (len(text), text))
+    lines = [*COSTS, *((f"tokens written per second, {size} texts at a time", "perf", f"{BATCHED}{size}") for size in batches)]
+    rows: list[list[Cell]] = []
+    for label, family, name in lines:
+        teacher, student = (f"{family}/{model}_{name}" for model in MODELS)
+        if teacher in found.summary or student in found.summary:
+            rows.append([label, figure(found, teacher), figure(found, student), ratio(found, student, teacher, factor)])
+    return Table("What the models cost", ["", "teacher", "student", "student ÷ teacher"], rows) if rows else None
+
+
+def generations(found: Measured) -> Table | None:
+    """Repetition and diversity of what the models write."""
+    return _by_model(found, "text", "What the models write", lambda name: name.replace("_", " "))
+
+
+def _by_model(found: Measured, family: str, caption: str, label: Any) -> Table | None:
+    names = dict.fromkeys(key.partition("/")[2].partition("_")[2] for key in found.summary if key.startswith(f"{family}/") and "_" in key)
+    rows: list[list[Cell]] = [[label(name), *(figure(found, f"{family}/{model}_{name}") for model in MODELS)] for name in names]
+    return Table(caption, ["", *MODELS], rows) if rows else None
+
+
+def tasks(found: Measured) -> Table | None:
+    """What the models got on each task and each group of it: `task/<name>/<model>`, `task/<name>/<group>/<model>`."""
+    names = dict.fromkeys(key.rpartition("/")[0] for key in found.summary if key.startswith("task/") and key.rpartition("/")[2] in MODELS)
+    rows: list[list[Cell]] = []
+    for name in names:
+        teacher, student = (figure(found, f"{name}/{model}") for model in MODELS)
+        difference = None
+        if teacher and student and teacher.value is not None and student.value is not None:
+            shift = student.value - teacher.value
+            text = f"{100 * shift:+.1f} points" if {teacher.text[-1], student.text[-1]} == {"%"} else f"{shift:+.3g}"
+            difference = Figure(text, f"{name}/student {name}/teacher", shift)
+        rows.append([name.removeprefix("task/").replace("/", " / "), teacher, student, difference])
+    return Table("Tasks and bias", ["task", *MODELS, "difference"], rows) if rows else None
+
+
+def further(found: Measured, shown: set[str]) -> Table | None:
+    """Every figure that no other table has."""
+    rows: list[list[Cell]] = [
+        [key, figure(found, key)] for key in sorted(found.summary) if key not in shown and not isinstance(found.summary[key], str)
+    ]
+    return Table("All other figures", ["key", "value"], rows) if rows else None
+
+
+# ------------------------------------------------------------------------------------------------------------- where it all comes from
+
+
+def provenance(found: Measured) -> list[tuple[str, str]]:
+    """(what, text): where teacher, student, data and figures come from, as the folder says it."""
+    config, status = found.config, found.status
+    teacher, student, data = (config.get(group) or {} for group in ("teacher", "student", "data"))
+    lines = [
+        ("folder", str(found.path)),
+        (
+            "state",
+            " ".join(
+                str(part)
+                for part in (
+                    found.state,
+                    f"at step {status['step']}" if "step" in status else "",
+                    f"({status['updated']})" if "updated" in status else "",
+                )
+                if part
+            ),
+        ),
+        ("error", str(status.get("error", ""))),
+        ("teacher", _origin(teacher)),
+        ("student", _origin(student) or str(config.get("model") or "")),
+        (
+            "data",
+            ", ".join(
+                f"{key} {data[key]}"
+                for key in ("source", "path", "name", "revision", "split", "eval_path", "eval_fraction", "seq_len")
+                if data.get(key) is not None
+            ),
+        ),
+        ("objective", objective_text(config["objective"]) if _has_objective(config) else ""),
+        ("seed", "" if found.seed is None else str(found.seed)),
+        ("evaluation", found.evaluation),
+    ]
+    lines += [(key.partition("/")[2].replace("_", " "), str(value)) for key, value in found.summary.items() if isinstance(value, str)]
+    return [(name, text) for name, text in lines if text]
+
+
+def _has_objective(config: dict[str, Any]) -> bool:
+    return {"kl_weight", "ce_weight", "divergence", "temperature", "terms"} <= set(config.get("objective") or {})
+
+
+def _origin(model: dict[str, Any]) -> str:
+    parts = [str(model.get(key)) for key in ("kind", "path", "model", "cache_dir") if model.get(key)]
+    if model.get("kind") == "from_teacher" and model.get("num_layers"):
+        parts.append(f"{model['num_layers']} layers")
+    if model.get("revision"):
+        parts.append(f"revision {model['revision']}")
+    elif model.get("kind") == "hf":
+        parts.append("no revision pinned")
+    return ", ".join(parts)
+
+
+def not_measured(found: Measured) -> Iterator[tuple[str, str]]:
+    """(what is not known, the command or setting that would tell, or "")."""
+    has, place = found.summary.__contains__, shlex.quote(str(found.path))
+    evaluate = f"python -m mini_distill.evaluate model={place}"
+    if not found.summary:
+        yield "The run is not finished: final figures are missing.", ""
+        return
+    if not has("eval/forward_kl"):
+        yield "Fidelity: there was no teacher to compare with.", ""
+    if _has_objective(found.config) and not has_teacher_signal(found.config["objective"]):
+        yield "No teacher's signal was in the loss: this run is a control.", ""
+    elif found.is_training and not has("control/student_nll"):
+        yield "What the teacher was worth: the same student was not trained without it.", "control=true"
+    if found.is_training and len(found.curve("eval/student_nll")) < 3:
+        yield "The way of the held-out figures: they were measured at the ends alone.", "trainer.eval_every=…"
+    if not any(key.startswith("task/") for key in found.summary):
+        yield "Tasks and bias.", f"{evaluate} 'evaluation.pairs={{…}}'"
+    if not has("perf/student_generation_tokens_per_second"):
+        yield "Writing speed, latency and memory.", evaluate
+    missing = [name for name in ("reliability", "slices", "differences", "samples") if not found.details.get(name)]
+    if missing:
+        yield f"{', '.join(missing).capitalize()}: not in details.json.", evaluate
+    broken = [key for key, value in found.summary.items() if value is None]
+    if broken:
+        yield f"Not finite, which no model should be: {', '.join(broken)}.", ""
+    yield "Spread: one run with one seed has no error bars.", "python -m mini_distill.compare …"
