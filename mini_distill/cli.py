@@ -118,6 +118,8 @@ def with_settings_of_run(composed: DictConfig, overrides: Sequence[str]) -> Dict
     given = {re.split(r"[.=]", text.lstrip("+~"))[0] for text in overrides}
     for group in {"teacher", "data"} - given:
         composed[group] = of_run[group]
+    if "teacher" not in given and of_run.teacher.kind != "cached":
+        composed.teacher.cache_dir = None  # the live teacher stood beside the cache
     composed["model"] = str(run / "student")
     if composed.get("output_dir") is None:
         composed["output_dir"] = str(run / "evaluation")

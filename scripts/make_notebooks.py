@@ -54,7 +54,7 @@ def execute(script: Path, folder: Path, **parameters: object) -> NotebookNode:
         if "parameters" in cell.metadata.get("tags", []):
             assert all(f"{name} = " in cell.source for name in parameters), f"{script.name} has other parameters"
             cell.source += "".join(f"\n{name} = {value!r}" for name, value in parameters.items())
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
+    NotebookClient(notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
     return notebook
 
 

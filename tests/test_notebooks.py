@@ -40,6 +40,7 @@ def test_a_notebook_runs_with_few_steps(script: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("script", scripts(), ids=lambda script: script.stem)
 def test_a_notebook_runs_as_its_reader_runs_it(script: Path, tmp_path: Path) -> None:
     execute(script, tmp_path)

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from ..config import DataConfig
 from ..contract import mixture_parts
 from ..errors import DataError
+from ..onlooker import is_watched
 from ..storage import atomic_folder, remove_stale_temporaries, storage_errors, verify_folder
 from .held_out import HELD_OUT, OVERLAP, TRAIN, SidedRow, split_rows
 from .mixing import Mixture
@@ -229,7 +230,7 @@ def _rows(job: _Job, show_progress: bool) -> Iterator[SidedRow]:
     tools, has_tools = job.config.tools_column, False
     rows = split_rows(job.config, job.source, job.held_out, job.where)
     total = getattr(job.source, "total", None)
-    for side, row in tqdm(rows, desc="tokenising", unit=" rows", total=total, disable=None if show_progress else True):
+    for side, row in tqdm(rows, desc="tokenising", unit=" rows", total=total, disable=not (show_progress and is_watched())):
         has_tools = has_tools or (isinstance(row, Row) and tools in row.columns)
         yield side, row
     if tools and not has_tools:

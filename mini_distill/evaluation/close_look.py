@@ -21,6 +21,7 @@ from ..data.order import Stream
 from ..errors import DataError
 from ..losses.reduction import loss_mask
 from ..models.head import LanguageModel
+from ..onlooker import is_watched
 from ..storage import atomic_write_text
 from .calibration import NUM_BINS, reliability_bins, reliability_sums
 from .differences import Differences
@@ -103,7 +104,7 @@ class CloseLook:
             DataError: nothing in them is supervised.
         """
         with without_side_effects(*self.models), autocast():
-            for batch in tqdm(batches, desc="looking closely", unit="batch", leave=False, disable=None if show_progress else True):
+            for batch in tqdm(batches, desc="looking closely", unit="batch", leave=False, disable=not (show_progress and is_watched())):
                 self._add(batch.to(self.device))
         if self.sums is None:
             raise DataError("data", "no token of the held-out text is supervised", "Hold out more rows, or check their format.")

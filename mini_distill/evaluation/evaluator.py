@@ -18,6 +18,7 @@ from ..data.batch import Batch
 from ..errors import DataError
 from ..losses.linear import TeacherRows
 from ..models.head import LanguageModel
+from ..onlooker import is_watched
 from ..teachers.cached import CachedTeacher
 from ..teachers.server import ServerTeacher
 from .hooks import EvaluationContext, load_hooks, run_hooks
@@ -133,7 +134,7 @@ class Evaluator:
             unit="batch",
             total=self.config.max_batches,
             leave=False,
-            disable=None if self.show_progress else True,
+            disable=not (self.show_progress and is_watched()),
         )
 
     def _context(self, student: PreTrainedModel, step: int) -> EvaluationContext:

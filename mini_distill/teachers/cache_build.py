@@ -23,6 +23,7 @@ from ..data.order import Stream
 from ..errors import CacheError, StorageError
 from ..losses.reduction import loss_mask, supervised_targets
 from ..losses.sparse import SparseRows, TopKRows
+from ..onlooker import is_watched
 from ..storage import atomic_folder, check_writable, remove_stale_temporaries, size_text, verify_folder
 from .cache_files import CHECKSUMS, MARK, SEQUENCE_STARTS, Columns, Side, join, write_columns
 from .cache_identity import DESCRIPTION, check_same, read_description, write_description
@@ -168,7 +169,7 @@ class CacheBuilder:
         total = sum(len(side.sequences_of(number)) for side, number, _ in mine)
         with (
             ThreadPoolExecutor(1) as writer,
-            tqdm(total=total, desc="scoring", unit=" sequences", disable=None if show_progress else True) as progress,
+            tqdm(total=total, desc="scoring", unit=" sequences", disable=not (show_progress and is_watched())) as progress,
         ):
             written: Future[None] | None = None
             for side, number, _ in mine:

@@ -9,6 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..onlooker import in_notebook, is_watched
+
 LINES = 20  # over a whole run, where there is no terminal
 SECONDS_BETWEEN_LINES = 30.0
 SHORT = {"learning_rate": "lr", "tokens_per_second": "tokens/s"}
@@ -31,10 +33,9 @@ class TrainingProgress:
     def __init__(self, total_steps: int, first_step: int = 1, is_main: bool = True) -> None:
         self._total = total_steps
         self._is_main = is_main
-        notebook = in_notebook()
-        self._live = is_main and (notebook or sys.stderr.isatty())
+        self._live = is_main and is_watched()
         done = first_step - 1
-        look: dict[str, Any] = {"ncols": NOTEBOOK_COLUMNS, "mininterval": 0.5} if notebook else {"dynamic_ncols": True}
+        look: dict[str, Any] = {"ncols": NOTEBOOK_COLUMNS, "mininterval": 0.5} if in_notebook() else {"dynamic_ncols": True}
         self._bar = tqdm(total=total_steps, initial=done, desc="train", unit="step", disable=not self._live, file=sys.stderr, **look)
         self._start_step, self._start_time = done, time.monotonic()
         self._said_step, self._said_time = done, self._start_time
@@ -66,12 +67,6 @@ class TrainingProgress:
     def _time_left(self, step: int) -> str:
         pace = (time.monotonic() - self._start_time) / max(1, step - self._start_step)
         return tqdm.format_interval(pace * (self._total - step))
-
-
-def in_notebook() -> bool:
-    """Whether what is written to stderr appears under a cell, where a line is overwritten as in a terminal."""
-    kernel = sys.modules.get("ipykernel.iostream")  # not imported for this: elsewhere it is not there
-    return kernel is not None and isinstance(sys.stderr, kernel.OutStream)
 
 
 def describe(metrics: Mapping[str, float]) -> str:
