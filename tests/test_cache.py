@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import logging
 import os
@@ -297,42 +296,6 @@ def test_killed_at_file_operations_it_ends_byte_identical(tiny_command: list[str
     assert count > 60
     for number in numbers:
         assert_ends_undisturbed([number], tiny_command, tmp_path / str(number), caches("small"))
-
-
-@forks
-@pytest.mark.slow
-@pytest.mark.timeout(3000)
-def test_killed_at_every_file_operation_it_ends_byte_identical(
-    tiny_command: list[str], caches: Callable[[str], Path], tmp_path: Path
-) -> None:
-    for number in range(operations_of_a_build(tiny_command, tmp_path / "counted")):
-        assert_ends_undisturbed([number], tiny_command, tmp_path / "cache", caches("small"))
-        shutil.rmtree(tmp_path / "cache")
-
-
-@forks
-@pytest.mark.slow
-@pytest.mark.timeout(3000)
-def test_failing_at_every_file_operation_is_one_line_and_resumable(
-    tiny_command: list[str], caches: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    for number in range(0, operations_of_a_build(tiny_command, tmp_path / "counted"), 2):
-
-        def fail(seen: int, number: int = number) -> None:
-            if seen >= number:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-        def body(fail: Callable[[int], None] = fail) -> None:
-            count_operations(fail)
-            build(tiny_command, tmp_path / "cache", *SMALL)
-
-        code = wait(fork(body))
-        errors = capfd.readouterr().err
-        assert code in (0, 6) and "Traceback" not in errors, (number, errors)  # 0: only the lock could not be taken away
-        assert code == 0 or len([line for line in errors.splitlines() if line.startswith("error: ")]) == 1
-        build(tiny_command, tmp_path / "cache", *SMALL)
-        assert content(tmp_path / "cache") == content(caches("small")), number
-        shutil.rmtree(tmp_path / "cache")
 
 
 @forks

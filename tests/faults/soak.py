@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-STEPS_PER_MINUTE = 240
+STEPS_PER_MINUTE = 600
 """Of the run: about as many as it gets done between faults."""
 SETTINGS = "MINI_DISTILL_SOAK"
 """Minutes and seed, for the test that does the work: it has the tiny teacher and corpus."""
@@ -30,13 +30,13 @@ class Punisher:
     """Does harm to one run again and again, until the time is up; then it is left alone until it has finished.
 
     Attributes:
-        start: Trains into `folder`; called in a forked process.
+        train: Trains into `folder`; called in a forked process.
         folder: The run's.
         seed: Of the faults.
         events: What was done, and how the run ended each time.
     """
 
-    start: Callable[[], object]
+    train: Callable[[], object]
     folder: Path
     seed: int
     events: list[dict[str, Any]] = field(default_factory=list)
@@ -75,6 +75,13 @@ class Punisher:
         self.events.append(event)
         print(json.dumps(event), flush=True)
         assert code in EXPECTED[name], event
+
+    def start(self) -> None:
+        """Train, with what it prints beside the run instead of between the events."""
+        with open(self.folder.with_suffix(".log"), "ab") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        self.train()
 
     def _left_alone(self) -> int:
         from runs import fork, wait
