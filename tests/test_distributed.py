@@ -158,9 +158,9 @@ def test_process_that_raises_ends_all_quickly_with_its_line(tiny_command: list[s
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
     ours = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert [line for line in ours if "rank 1" in line] == ["error: rank 1, step 1: ValueError: a bug of the user's. The traceback stands above."], (
-        errors
-    )
+    assert [line for line in ours if "rank 1" in line] == [
+        "error: rank 1, step 3: ValueError: a bug of the user's. The traceback stands above."
+    ], errors
     assert len(ours) <= 2 and errors.count("Traceback (most recent call last)") <= 2, errors  # the bug's and torchrun's own
     assert time.monotonic() - started < 90
     assert status(tmp_path / "run")["state"] != "finished"

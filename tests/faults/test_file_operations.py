@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
-from runs import forks
+from runs import checkpoint_steps, forks, run, status, train_module
 
 from faults.operations import WORK, Plan, Point, sweep
 from faults.record import record
+from faults.twins import Twins
+from mini_distill.errors import StorageError
 
 SHORT = ["trainer.max_steps=4", "trainer.save_every=1", "evaluation.max_batches=1", "evaluation.num_samples=0"]
 KEPT = {"retention": "trainer.keep_checkpoints=1"}
@@ -48,3 +51,14 @@ def test_some_file_operations_may_go_wrong(work: str, tiny_command: list[str], t
 @pytest.mark.parametrize("work", WORK)
 def test_every_file_operation_may_go_wrong(work: str, tiny_command: list[str], tmp_path: Path) -> None:
     swept(work, tiny_command, tmp_path, points=None, timeout=3500)
+
+
+def test_a_disk_that_is_too_small_is_found_before_the_first_step(twins: Twins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1 MB of free space, and checkpoints that need more."""
+    free = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    monkeypatch.setattr(train_module, "optimizer_step", lambda *_, **__: pytest.fail("a step was done"))
+    with pytest.raises(StorageError, match=r"1 MB of free space, expected at least .*keep_checkpoints"):
+        run(twins.command("plain"), tmp_path / "run")
+    assert status(tmp_path / "run")["exit_code"] == 6 and not checkpoint_steps(tmp_path / "run")
+    record("a disk of 1 MB", injected=1, fired=1, refused=1)
