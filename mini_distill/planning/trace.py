@@ -113,9 +113,10 @@ class Trace(TorchDispatchMode):
         """Call it, and note what it made."""
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._note_storage(tensor)
+        if not function.is_view:  # a view of a weight, such as its transpose, makes nothing
+            for tensor in tree_leaves(result):
+                if isinstance(tensor, Tensor):
+                    self._note_storage(tensor)
         if not function.is_view and function not in FREE:
             self._note_operation(function, args, kwargs, result)
         return result
