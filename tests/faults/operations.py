@@ -215,7 +215,8 @@ class Sweep:
         """Folders and files that are not whole under their final names."""
         from mini_distill.storage import MANIFEST, verify_folder
 
-        found = [file for file in folder.rglob("*") if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+        where = [folder, self.root / "tokens"] if self.plan.work == "tokenising" else [folder]
+        found = [file for top in where for file in top.rglob("*") if not any(p.startswith(".") for p in file.relative_to(top).parts)]
         shards = [path for path in found if path.is_dir() and path.name.startswith(("step-", "shard-", "student", "tokenizer"))]
         shards += [path.parent for path in found if path.name == MANIFEST and path.parent not in shards]
         torn = [f"{path.name}: {problems[0]}" for path in shards if (problems := verify_folder(path))]
@@ -232,7 +233,8 @@ class Sweep:
         """A folder in the state in which the work begins."""
         folder = self.root / "point"
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(self.root / "tokens", ignore_errors=self.plan.work != "tokenising") if self.plan.work == "tokenising" else None
+        if self.plan.work == "tokenising":
+            shutil.rmtree(self.root / "tokens", ignore_errors=True)
         if self.start.exists():
             shutil.copytree(self.start, folder)
         return folder
