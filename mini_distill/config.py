@@ -226,7 +226,8 @@ class PairsConfig:
     better_column: str | None = option(None, "The sentence that should be likelier; null: sentence_good, or sent_more of CrowS-Pairs")
     worse_column: str | None = option(None, "The other one; null: sentence_bad, or sent_less")
     group_column: str | None = option(None, "Figures are given for each value of it too; null: UID, or bias_type; a file's name without either")
-    kind: str = option("accuracy", "accuracy: share of pairs with the likelier better one; stereotype: the same share, of which half is no bias", choices=("accuracy", "stereotype"))
+    prefix: str | None = option(None, "What stands before a sentence; null: a blank, as lm-evaluation-harness has it for BLiMP, and nothing before CrowS-Pairs")
+    kind: str | None = option(None, "accuracy: share of pairs with the better one likelier; stereotype: the same share, of which half is no bias; null: stereotype for CrowS-Pairs", choices=("accuracy", "stereotype"))
 
 
 @dataclass

@@ -36,7 +36,7 @@ from .distillation import check_vocabulary, start_processes
 from .errors import ConfigError, DistributedError
 from .evaluation.close_look import CloseLook, Groups, parts_of_mixture, write_details
 from .evaluation.diversity import diversity
-from .evaluation.efficiency import Origin, cost_and_energy, file_bytes, flops_per_token, peak_memory, timings, weight_bytes
+from .evaluation.efficiency import Origin, check_length, cost_and_energy, file_bytes, flops_per_token, peak_memory, timings, weight_bytes
 from .evaluation.hooks import EvaluationContext, load_hooks, run_hooks
 from .evaluation.samples import Sample, format_samples, side_by_side
 from .evaluation.speed import forward_tokens_per_second, num_parameters
@@ -156,6 +156,8 @@ def load(config: EvaluateCommand) -> Evaluation:
         check_vocabulary(model, tokenizer, name)
         if config.data.packing:
             check_documents_kept_apart(model, "teacher.path" if name == "teacher" else "model")
+        if config.evaluation.speed:
+            check_length(name, model, config.evaluation)
     return Evaluation(config, models, origins, tokenizer, data.held_out, accelerator.device, accelerator.autocast)
 
 

@@ -69,12 +69,7 @@ def timings(
     Returns:
         For each model, medians over five rounds: `perf/<model>_time_to_first_token` (seconds, from a prompt of `prompt_tokens`),
         `perf/<model>_generation_tokens_per_second` of one text (the tokens after the first) and the same with `_batch<n>` of n at a time.
-
-    Raises:
-        ConfigError: prompt and generation are longer than a model's positions.
     """
-    for name, model in models.items():
-        _check_length(name, model, config)
     found: dict[str, list[float]] = {}
     with without_side_effects(*models.values()), autocast():
         for number in range(ROUNDS + 1):
@@ -114,7 +109,8 @@ def write(model: Any, ids: Tensor, new_tokens: int) -> Tensor:
     return written
 
 
-def _check_length(name: str, model: PreTrainedModel, config: FullEvaluationConfig) -> None:
+def check_length(name: str, model: PreTrainedModel, config: FullEvaluationConfig) -> None:
+    """Raises ConfigError where prompt and generation are longer than a model's positions."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     wanted = config.prompt_tokens + config.generation_tokens
     if longest is not None and wanted > longest:

@@ -13,12 +13,24 @@ from ..data.sources import find_files
 from ..data.tables import TABLE_SUFFIXES, Tables
 from ..errors import DataError
 
-KNOWN_COLUMNS = (("sentence_good", "sentence_bad", "UID"), ("sent_more", "sent_less", "bias_type"))
-"""Better, worse and group of BLiMP (Warstadt et al. 2020, arXiv 1912.00582) and of CrowS-Pairs (Nangia et al. 2020, arXiv 2010.00133).
 
-`sent_more` is always the sentence that stereotypes more, also where the pair is marked `antistereo`. CrowS-Pairs was made for masked models,
-and many of its pairs are flawed (Blodgett et al. 2021, "Stereotyping Norwegian Salmon"): read a score beside the teacher's, not by itself.
-"""
+@dataclass(frozen=True)
+class Form:
+    """How a data set writes its pairs: columns of the better sentence, the worse one and the group; what is put before a sentence; what a score is."""
+
+    better: str
+    worse: str
+    group: str | None
+    prefix: str
+    kind: str
+
+
+BLIMP = Form("sentence_good", "sentence_bad", "UID", " ", "accuracy")
+"""Warstadt et al. 2020, arXiv 1912.00582; the blank is the harness's."""
+
+CROWS_PAIRS = Form("sent_more", "sent_less", "bias_type", "", "stereotype")
+"""Nangia et al. 2020, arXiv 2010.00133. `sent_more` stereotypes more, also where the pair is marked `antistereo`. The pairs were made for
+masked models, and many are flawed (Blodgett et al. 2021, "Stereotyping Norwegian Salmon"): read a score beside the teacher's."""
 
 
 @dataclass(frozen=True)
@@ -49,29 +61,32 @@ def _good(rows: Iterable[Row | RowError]) -> Iterable[Row]:
         yield row
 
 
-def read_pairs(config: PairsConfig, where: str, limit: int | None = None) -> list[Pair]:
-    """The pairs of a task; `limit` counts over each file's rows together.
+def read_pairs(config: PairsConfig, where: str, limit: int | None = None) -> tuple[list[Pair], str]:
+    """The pairs of a task (its first `limit`), and its kind: accuracy or stereotype.
 
     Raises:
         DataError: a file cannot be read, has no such columns, or a sentence is empty.
     """
     rows = read_rows(str(config.path), f"{where}.path", limit)
-    better, worse, group = _columns(config, rows[0], where)
-    return [Pair(text_of(row, better), text_of(row, worse), _group(row, group)) for row in rows]
+    form = _form(config, rows[0], where)
+    pairs = [Pair(form.prefix + text_of(row, form.better), form.prefix + text_of(row, form.worse), _group(row, form.group)) for row in rows]
+    return pairs, form.kind
 
 
-def _columns(config: PairsConfig, row: Row, where: str) -> tuple[str, str, str | None]:
-    known = next((names for names in KNOWN_COLUMNS if names[0] in row.columns and names[1] in row.columns), None)
-    better, worse = config.better_column or (known or ("",))[0], config.worse_column or (known or ("", ""))[1]
-    if not better or not worse:
-        there = ", ".join(map(str, row.columns))
-        raise DataError(
-            f"{where}.better_column",
-            f"neither BLiMP's columns nor those of CrowS-Pairs in {row.origin} (there are: {there})",
-            "Name better_column and worse_column.",
-        )
-    group = config.group_column or (known[2] if known is not None and known[2] in row.columns else None)
-    return better, worse, group
+def _form(config: PairsConfig, row: Row, where: str) -> Form:
+    known = next((form for form in (BLIMP, CROWS_PAIRS) if form.better in row.columns and form.worse in row.columns), None)
+    if known is None and (config.better_column is None or config.worse_column is None):
+        what = f"neither BLiMP's columns nor those of CrowS-Pairs in {row.origin} (there are: {', '.join(map(str, row.columns))})"
+        raise DataError(f"{where}.better_column", what, "Name better_column and worse_column.")
+    form = known or Form("", "", None, BLIMP.prefix, BLIMP.kind)
+    group = form.group if form.group in row.columns else None
+    return Form(
+        config.better_column or form.better,
+        config.worse_column or form.worse,
+        config.group_column or group,
+        config.prefix if config.prefix is not None else form.prefix,
+        config.kind or form.kind,
+    )
 
 
 def _group(row: Row, column: str | None) -> str:

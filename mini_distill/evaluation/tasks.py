@@ -79,7 +79,7 @@ def run_tasks(
 
 def _pairs(config: FullEvaluationConfig) -> dict[str, tuple[list[Pair], str]]:
     given: dict[str, PairsConfig] = named_groups(config.pairs, PairsConfig, "evaluation.pairs")
-    return {name: (read_pairs(group, f"evaluation.pairs.{name}", config.task_limit), group.kind) for name, group in given.items()}
+    return {name: read_pairs(group, f"evaluation.pairs.{name}", config.task_limit) for name, group in given.items()}
 
 
 def _choices(config: FullEvaluationConfig) -> dict[str, tuple[list[Question], str]]:
