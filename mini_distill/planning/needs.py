@@ -18,8 +18,9 @@ from .trace import Trace
 
 PROCESS_BYTES = 50_000_000
 """Of a process on a CPU besides: libraries that are imported late, the tokenizer, the tokenised data (docs/plan.md)."""
-HEAP_SHARE = 0.25
-"""What the heap of a process holds on a CPU beyond the small blocks that are alive, as a share of them (docs/plan.md)."""
+HEAP_OF_STEP, HEAP_OF_EVALUATION, HEAP_KEPT = 0.25, 0.7, 0.5
+"""What the heap of a process holds on a CPU beyond the small blocks that are alive, as shares of them: in a step, in an evaluation, and
+of the step's while there is an evaluation after it (docs/plan.md)."""
 PASSES = 12
 """Over the logits of both models, for the terms of an objective and their gradient, where they are not timed."""
 
@@ -69,7 +70,7 @@ class Needs:
     # ------------------------------------------------------------------------------------------------------------------ memory
 
     def memory(self) -> dict[str, int]:
-        """Bytes of a device by what they are for; `total` is the most at a time, in a step or in an evaluation."""
+        """Bytes of a device by what they are for; `total` is the most at a time, in a step or in an evaluation, `alive` without gaps."""
         teacher, student = self.models.teacher, self.models.student
         trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
         gradients = sum(parameter.numel() * parameter.element_size() for parameter in trainable)
@@ -81,24 +82,32 @@ class Needs:
             "exchange": gradients if self.config.plan.num_devices > 1 else 0,  # the buckets that DDP sends
             "process": 0 if self.on_gpu else PROCESS_BYTES,
         }
-        at_work = max(self._taken(self.step, phase) for phase in PHASES[:-1])
-        evaluation = self._taken(self.evaluation, "evaluation")
+        step = max(self._peak(phase) for phase in PHASES[:-1])
+        evaluation = self.evaluation.peaks["evaluation"]
+        alive = sum(held.values()) + max(step, evaluation)
+        gaps = 0 if self.on_gpu else self._gaps(step, evaluation)
         parts = {
             **held,
             "gradients": gradients,
             "activations": self.step.after["student"],
             "logits": self._logits(),
-            "step": at_work,
+            "step": step,
             "evaluation": evaluation,
+            "gaps": gaps,
         }
-        return parts | {"total": sum(held.values()) + max(at_work, evaluation)}
+        return parts | {"alive": alive, "total": alive + gaps}
 
-    def _taken(self, trace: Trace, phase: str) -> int:
-        """Bytes of a phase at its peak, with what the heap holds besides; on a GPU with the terms' gradient, of a chunk at a time."""
-        peak = trace.peaks.get(phase, 0)
-        if self.on_gpu:
-            return peak + (self._logits() // 2 if phase == "loss" else 0)
-        return peak + round(HEAP_SHARE * trace.small_peaks.get(phase, 0))
+    def _peak(self, phase: str) -> int:
+        """Bytes of a phase; on a GPU with the terms' gradient, which is of a chunk at a time there."""
+        terms = self._logits() // 2 if self.on_gpu and phase == "loss" else 0
+        return self.step.peaks.get(phase, 0) + terms
+
+    def _gaps(self, step: int, evaluation: int) -> int:
+        """What the heap holds and nobody uses, when it is largest."""
+        of_step = max(self.step.small_peaks.get(phase, 0) for phase in PHASES[:-1])
+        in_step = step + HEAP_OF_STEP * of_step
+        in_evaluation = evaluation + HEAP_OF_EVALUATION * self.evaluation.small_peaks["evaluation"] + HEAP_KEPT * of_step
+        return round(max(in_step, in_evaluation)) - max(step, evaluation)
 
     def _logits(self) -> int:
         """Bytes of the logits that exist at once, student's and teacher's."""

@@ -26,6 +26,7 @@ def _memory(plan: Plan) -> str:
         ("libraries, tokenizer", memory["process"], ""),
         ("step at its peak", memory["step"], _step_note(plan)),
         ("or evaluation", memory["evaluation"], "the larger of the two counts"),
+        ("gaps of the heap", memory["gaps"], "held by the process, used by nobody: an estimate"),
     ]
     lines = [f"{label:<26}{size_text(size):>10}   {note}".rstrip() for label, size, note in rows if size]
     verdict = "fits" if plan.fits else "DOES NOT FIT"
