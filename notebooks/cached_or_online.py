@@ -123,9 +123,9 @@ import pandas as pd
 
 pd.DataFrame({
     name: {
-        "held-out forward KL": round(run.summary["eval/forward_kl"], 3),
-        "milliseconds a step": round(1000 * float(seconds[name].iloc[-1]) / STEPS),
-        "bytes per token": "–" if name == "online" else round(cache["cache/bytes_per_token"], 1),
+        "held-out forward KL": f"{run.summary['eval/forward_kl']:.3f}",
+        "milliseconds a step": f"{1000 * seconds[name].iloc[-1] / STEPS:.0f}",
+        "bytes per token": "–" if name == "online" else f"{cache['cache/bytes_per_token']:.1f}",
     }
     for name, run in runs.items()
 })  # fmt: skip

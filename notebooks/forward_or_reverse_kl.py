@@ -22,7 +22,7 @@
 # - `jsd` lies between the two.
 
 # %% tags=["parameters"]
-STEPS = 50  # optimizer steps of each student
+STEPS = 60  # optimizer steps of the first student; the others go on for two thirds of them
 KINDS = ("forward_kl", "jsd", "reverse_kl")
 BATCHES = 8  # of four held-out sequences, at each evaluation
 
@@ -44,7 +44,8 @@ COLOURS = {"forward_kl": "#0b6e99", "jsd": "#3f9b5b", "reverse_kl": "#c4500c"}
 
 # %%
 tokens = torch.arange(60.0)
-teacher = torch.logaddexp(-(((tokens - 15) / 4) ** 2) / 2 + 0.4, -(((tokens - 42) / 5) ** 2) / 2).log_softmax(-1)
+peaks = torch.logaddexp(-(((tokens - 14) / 3) ** 2) / 2 + 0.4, -(((tokens - 42) / 4) ** 2) / 2)
+teacher = torch.logaddexp(peaks, torch.tensor(-8.0)).log_softmax(-1)  # and a little everywhere
 
 
 def bell(middle: torch.Tensor, log_width: torch.Tensor) -> torch.Tensor:
@@ -55,7 +56,7 @@ def bell(middle: torch.Tensor, log_width: torch.Tensor) -> torch.Tensor:
 fitted = {}
 for name in COLOURS:
     divergence = getattr(md.divergences, name)
-    middle, log_width = torch.tensor(24.0, requires_grad=True), torch.tensor(2.0, requires_grad=True)
+    middle, log_width = torch.tensor(24.0, requires_grad=True), torch.tensor(1.5, requires_grad=True)
     optimizer = torch.optim.Adam([{"params": middle, "lr": 0.3}, {"params": log_width, "lr": 0.03}])
     for _ in range(600):
         optimizer.zero_grad()
@@ -71,25 +72,24 @@ axes.set(xlabel="token", ylabel="probability")
 axes.legend(frameon=False);
 
 # %% [markdown]
-# The forward KL puts its largest probability near the valley, on tokens the teacher hardly uses. The reverse KL takes one peak and
-# forgets the other. Neither is wrong: a model that is measured by its loss on text must not forget; one that writes text had better not
-# invent.
+# The forward KL puts its largest probability into the valley, on tokens the teacher hardly uses. The reverse KL takes one peak and
+# forgets the other (begun further to the right, it takes the right one). Neither is wrong: a model that is measured by its loss on text
+# must not forget; one that writes text had better not invent.
 #
 # ## Three language models
 #
-# The same student (two of the teacher's ten layers), with each divergence alone, on the source of Python's standard library.
+# The same on the source of Python's standard library. First a student of two of the teacher's ten layers, by forward KL. From that one,
+# three go on, each with its own divergence and over the same text. They share a beginning for a reason: far from the teacher the reverse
+# KL hardly pulls, since it weighs everything by the *student's* probabilities, and these are still wrong. Straight from the teacher's
+# layers, fifty steps of it came out behind fifty of the forward KL by every figure, its own included (2.94 nats against 2.80).
 
 # %%
-SHORT = [
-    f"trainer.max_steps={STEPS}",
-    "data.seq_len=128",
-    "trainer.micro_batch_size=8",
-    "evaluation.batch_size=4",
-    f"evaluation.max_batches={BATCHES}",
-    "evaluation.num_samples=0",
-]
+SHORT = ["data.seq_len=128", "trainer.micro_batch_size=8"]
+SHORT += ["evaluation.batch_size=4", f"evaluation.max_batches={BATCHES}", "evaluation.num_samples=0"]
+first = md.train(["objective=forward_kl", f"trainer.max_steps={STEPS}", *SHORT, "output_dir=runs/kl/first"])
+onwards = [f"student.path={first.path}/student", "student=hf", "seed=1", f"trainer.max_steps={max(1, 2 * STEPS // 3)}", "trainer.learning_rate=1e-3"]
 runs = {
-    name: md.train([f"objective.divergence={name}", "objective.kl_weight=1", "objective.ce_weight=0", *SHORT, f"output_dir=runs/kl/{name}"])
+    name: md.train([f"objective.divergence={name}", "objective.kl_weight=1", "objective.ce_weight=0", *onwards, *SHORT, f"output_dir=runs/kl/{name}"])
     for name in KINDS
 }
 
@@ -105,15 +105,13 @@ of_interest = {
 pd.DataFrame({name: [run.summary[key] for key in of_interest] for name, run in runs.items()}, index=list(of_interest.values())).round(3)
 
 # %% [markdown]
-# Each is best at what it was asked for, which the table cannot help but show. What it means is easier to see at the level of tokens. Over
-# held-out text:
+# Each KL is lowest where it was asked for. What that means is easier to see at the level of tokens. Over held-out text:
 #
 # - **dropped**: how much of the teacher's probability lies on tokens to which the student gives less than a tenth of it;
 # - **invented**: how much of the student's probability lies on tokens to which the teacher gives less than a tenth of it;
 # - **entropy**: how sure the student is, beside the teacher (dashed).
 
 # %%
-first = next(iter(runs.values()))
 held_out = md.prepare_data(md.load_config(SHORT).data, first.tokenizer).held_out.batch(range(16))
 with torch.no_grad():
     p = LanguageModel(first.teacher).logits(held_out).softmax(-1)
@@ -126,6 +124,7 @@ found = {
 }
 figure, panels = plt.subplots(1, 3, figsize=(10, 3))
 for axes, (title, values) in zip(panels, found.items(), strict=True):
+    axes.margins(y=0.12)
     bars = axes.bar(list(values), list(values.values()), color=[COLOURS[name] for name in values])
     axes.bar_label(bars, fmt="%.2f", fontsize=9)
     axes.set(title=title)
@@ -134,8 +133,7 @@ panels[2].axhline(torch.special.entr(p).sum(-1).mean(), color="#333", ls="--", l
 # %% [markdown]
 # ## Where the teacher is certain, and where it is not
 #
-# The mean of a whole text hides that most of its tokens are easy. Split by the teacher's entropy, the two kinds of student differ where
-# there is something to choose.
+# The mean of a whole text hides that many of its tokens are easy. The same split by the teacher's entropy:
 
 # %%
 edges = torch.tensor([0, 0.5, 1.5, 2.5, 3.5, 9.0])
@@ -154,7 +152,7 @@ left.legend(frameon=False);
 # %% [markdown]
 # ## What they write
 #
-# Greedy, so that nothing is left to chance. After so few steps none of them writes Python; look at how each of them fails.
+# Greedy, so that nothing is left to chance. After so few steps they write something that looks like Python; look at how each of them fails.
 
 # %%
 prompt = "def read(path):\n    with open("
@@ -164,9 +162,10 @@ for name, run in runs.items():
 # %% [markdown]
 # ## Which one, then?
 #
-# - Measured by likelihood, or distilled further later, or little data: `forward_kl`, the default.
-# - A student far smaller than its teacher that has to write, and need not be able to say everything: `reverse_kl`, or `jsd` with
-#   `objective.divergence_options.jsd_beta` towards 1.
-# - Undecided: `symmetric_kl`, or two terms with weights of their own (`objective.terms.reverse_kl.weight=0.2`).
+# - Measured by likelihood, or distilled further later, or from random weights: `forward_kl`, the default.
+# - A student that is good already, far smaller than its teacher, and has to write rather than to be able to say everything: `reverse_kl`,
+#   or `jsd` with `objective.divergence_options.jsd_beta` towards 1.
+# - Undecided: `symmetric_kl`, or two terms with weights of their own, of which one grows (`objective.terms.reverse_kl.weight=0.5`,
+#   `objective.schedules.reverse_kl={0: 0, 500: 1}`).
 #
 # [All thirteen, with formulas and sources](../docs/divergences.md).

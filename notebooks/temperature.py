@@ -27,6 +27,7 @@ BATCHES = 8  # of four held-out sequences, at each evaluation
 # %%
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 import mini_distill as md
 from mini_distill.models.head import LanguageModel
@@ -38,11 +39,11 @@ teacher, tokenizer = load_causal_lm(str(embedded_path())).eval(), load_tokenizer
 # %% [markdown]
 # ## On one distribution
 #
-# What may come after `for name in `? The teacher gives each of its 4,096 tokens a probability. Temperature does not change their order,
+# What may come after `if x is not None:`? The teacher gives each of its 4,096 tokens a probability. Temperature does not change their order,
 # only how much the first ones stand out.
 
 # %%
-prompt = "def show(names):\n    for name in "
+prompt = "def show(x):\n    if x is not None:\n       "
 with torch.no_grad():
     logits = teacher(**tokenizer(prompt, return_tensors="pt")).logits[0, -1]
 
@@ -54,6 +55,7 @@ for axes, temperature in zip(panels, (0.5, 1, 2, 4), strict=True):
     axes.barh(labels, probabilities[likeliest], color="#0b6e99")
     rest = 1 - probabilities[likeliest].sum().item()
     axes.set(title=f"T = {temperature}", xlabel="probability", xlim=(0, None))
+    axes.xaxis.set_major_locator(MaxNLocator(3))
     axes.text(0.97, 0.05, f"all other tokens:\n{rest:.0%}", transform=axes.transAxes, ha="right", fontsize=9)
 panels[0].invert_yaxis();
 
@@ -61,9 +63,8 @@ panels[0].invert_yaxis();
 # ## On the text as a whole
 #
 # The same over held-out text: the entropy of the teacher's distribution, and how much of its probability lies outside of the ten
-# likeliest tokens. Somewhere between T = 2 and T = 4 most of what the student is asked to match is the tail, and the tail of a
-# model this small is mostly noise. That is why large temperatures come from image classification with ten classes, and language models
-# are distilled with T near 1.
+# likeliest tokens. Already at T = 2 most of what the student is asked to match is the tail, and the tail of a model this small is mostly
+# noise. Large temperatures come from image classification with ten classes; language models are distilled with T near 1.
 
 # %%
 data = md.prepare_data(md.load_config(["data.seq_len=128"]).data, tokenizer)
@@ -79,12 +80,13 @@ tail = [1 - p.topk(10).values.sum(-1).mean().item() for p in softened]
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3))
 left.plot(temperatures, entropy, "o-", color="#0b6e99")
 left.axhline(torch.tensor(float(teacher_logits.shape[1])).log(), color="#888", ls="--", lw=1)
-left.annotate("uniform", (0.5, 8.4), color="#666", va="top")
+left.annotate("uniform", (0.5, 8.1), color="#666", va="top")
 left.set(xscale="log", xlabel="T", ylabel="nats", title="entropy of the teacher")
 right.plot(temperatures, tail, "o-", color="#c4500c")
 right.set(xscale="log", xlabel="T", ylim=(0, 1), title="probability outside of the top ten")
 for axes in (left, right):
     axes.set_xticks([0.5, 1, 2, 4, 8], ["½", "1", "2", "4", "8"])
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 # %% [markdown]
 # ## On a student
@@ -114,11 +116,11 @@ colours = {1: "#0b6e99", 2: "#3f9b5b", 4: "#c4500c"}
 for temperature, run in runs.items():
     curve = run.metrics["train/forward_kl"].dropna().rolling(5, min_periods=1).mean()
     left.plot(curve.index, curve, color=colours[temperature], label=f"T = {temperature}")
-left.set(title="forward KL of training, each at its own T", xlabel="optimizer step", ylabel="nats", yscale="log")
-left.legend(frameon=False)
+left.set(title="forward KL of training, each at its own T", xlabel="optimizer step", ylabel="nats", yscale="log", ylim=(0.03, None))
+left.legend(frameon=False, ncols=3, loc="lower left")
 right.bar([f"T = {t}" for t in runs], [run.summary["eval/forward_kl"] for run in runs.values()], color=[colours[t] for t in runs])
 right.axhline(runs[1].summary["before/forward_kl"], color="#888", ls="--", lw=1, label="before training")
-right.set(title="forward KL on held-out text, all at T = 1", ylabel="nats")
+right.set(title="forward KL on held-out text, all at T = 1", ylabel="nats", ylim=(0, 1.25 * runs[1].summary["before/forward_kl"]))
 right.legend(frameon=False);
 
 # %% [markdown]
@@ -130,8 +132,9 @@ right.legend(frameon=False);
 #
 # Dividing the logits by T divides the gradient by T, and flatter distributions differ less, by another T. So without a
 # correction a KL at T = 4 would count for a sixteenth beside the cross-entropy, and `kl_weight` would mean something else at every
-# temperature. Multiplied by T² the gradient keeps its size (Hinton et al. 2015). In the limit of a high temperature it becomes the
-# difference of the two models' centred logits: distillation turns into regression.
+# temperature. Multiplied by T² the gradient keeps its size once T is large (Hinton et al. 2015); where distributions are peaked, as these
+# are near T = 1, it still falls. In the limit of a high temperature it becomes the difference of the two models' centred logits:
+# distillation turns into regression.
 
 # %%
 with torch.no_grad():
@@ -164,7 +167,8 @@ for axes in (left, right):
 # %% [markdown]
 # ## What to take along
 #
-# - T = 1 is the default, and for text that is read once it is hard to beat: the student is used at T = 1, too.
+# - T = 1 is the default, and for text that is read once it is hard to beat: the student is used at T = 1, too. (Thirty steps of one seed,
+#   as above, are a hint; `scripts/compare_arms.py` runs comparisons over seeds.)
 # - Raise it to 2 where the data repeats over many epochs and the teacher has become certain of it.
 # - `objective.temperature` is not the temperature of sampling; that is `evaluation.sampling_temperature`.
 # - Compare runs by `eval/…`, which is always at T = 1.

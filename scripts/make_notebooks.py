@@ -68,8 +68,8 @@ def keep_outputs(notebook: NotebookNode, name: str) -> int:
         shown = [output["data"] for output in cell.get("outputs", []) if "data" in output]
         printed = "".join(output["text"] for output in cell.get("outputs", []) if output.get("name") == "stdout")
         pictures = [data["image/png"] for data in shown if "image/png" in data]
-        texts = [data["text/plain"] for data in shown if "image/png" not in data and "text/html" not in data]
-        tables = [data["text/html"] for data in shown if "text/html" in data]
+        texts = [data["text/plain"] for data in shown if "image/png" not in data]
+        tables = [data.get("text/html", data.get("text/markdown")) for data in shown if {"text/html", "text/markdown"} & set(data)]
         if pictures:
             (FIGURES / f"{name}_{number}.png").write_bytes(base64.b64decode(pictures[-1]))
             count += 1
