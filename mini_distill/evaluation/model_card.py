@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..config import Config, DataConfig, TeacherConfig
 from ..redaction import redact_text
+from ..storage import atomic_write_text
 from .samples import Sample, printable
 from .table import markdown_table
 
@@ -53,7 +54,7 @@ class CardFacts:
 def write_model_card(facts: CardFacts, folder: Path) -> Path:
     """Write `folder/README.md`, and give its path. Needs no network."""
     path = folder / "README.md"
-    path.write_text(str(model_card(facts)) + "\n", encoding="utf-8")
+    atomic_write_text(path, str(model_card(facts)) + "\n")
     return path
 
 
