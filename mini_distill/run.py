@@ -133,6 +133,16 @@ class Run:
             axes.spines[["top", "right"]].set_visible(False)
         return figure
 
+    def report(self, output: Path | str | None = None) -> Path:
+        """Write the page that `python -m mini_distill.report` makes, and give its path.
+
+        Args:
+            output: The file; None: `report.html` in the run's folder.
+        """
+        from .report import report
+
+        return report([self.path], output)
+
     def __repr__(self) -> str:
         status = self.status
         return f"<Run {self.path} ({status.get('state', 'unknown')}, step {status.get('step', 0)})>"

@@ -11,10 +11,11 @@ from typing import Any
 
 import yaml
 
-from mini_distill.cli import load_config
+from mini_distill.cli import config_dir, load_config
 from mini_distill.config import Config
+from mini_distill.overrides import GROUPS
 
-HOSTILE = '<script>alert(1)</script><img src="http://evil.example/x" onerror=\'x\'>&amp;\x1b[31m\u202e\u2066\x00{{ 7 * 7 }}{% raw %}'
+HOSTILE = "<script>alert(1)</script><img src=\"http://evil.example/x\" onerror='x'>&amp;\x1b[31m\u202e\u2066\x00{{ 7 * 7 }}{% raw %}"
 """Markup, control characters, marks that turn the reading direction, a template's own syntax."""
 
 
@@ -24,11 +25,26 @@ def settings(*overrides: str) -> Config:
     return load_config(list(overrides))
 
 
+def changed(*overrides: str) -> dict[str, Any]:
+    """The same as plain values, without composing them anew, which takes long."""
+    config = dataclasses.asdict(settings())
+    for override in overrides:
+        key, _, text = override.partition("=")
+        group, _, name = key.rpartition(".")
+        if key in GROUPS:
+            preset = yaml.safe_load((config_dir() / key / f"{text}.yaml").read_text(encoding="utf-8"))
+            config[key] = dataclasses.asdict(Config())[key] | (preset or {})
+        else:
+            place, value = config[group] if group else config, yaml.safe_load(text)
+            place[name] = float(value) if isinstance(place[name], float) else value
+    return config
+
+
 def write_run(folder: Path, *overrides: str, nll: float = 3.5, steps: int = 8, **changes: Any) -> Path:
     """A finished run with every file. `changes` replaces whole files: `summary={…}`, `status={…}`, `details={…}`; None leaves one out."""
     folder.mkdir(parents=True)
-    config = dataclasses.asdict(settings(*overrides)) | {"output_dir": str(folder)}
-    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    config = changed(*overrides) | {"output_dir": str(folder)}
+    (folder / "config.yaml").write_text(yaml.dump(config, Dumper=yaml.CSafeDumper, sort_keys=False, allow_unicode=True), encoding="utf-8")
     files = {"status": status(steps), "summary": summary(nll, steps), "details": details()} | changes
     for name, content in files.items():
         if content is not None:
@@ -94,9 +110,7 @@ def summary(nll: float, steps: int) -> dict[str, Any]:
 
 def details(text: str = " def") -> dict[str, Any]:
     """details.json; `text` stands wherever text of models or data does."""
-    bins = [
-        {"low": i / 5, "high": (i + 1) / 5, "tokens": 10 * i, "confidence": i / 5 + 0.1, "accuracy": i / 5 + 0.08} for i in range(5)
-    ]
+    bins = [{"low": i / 5, "high": (i + 1) / 5, "tokens": 10 * i, "confidence": i / 5 + 0.1, "accuracy": i / 5 + 0.08} for i in range(5)]
     parts = [
         {"label": label, "tokens": 512, "student_nll": 3.4 - i, "teacher_nll": 2.1 - i, "forward_kl": 0.7 + i, "top1_agreement": 0.5}
         for i, label in enumerate(("below 0.1", "0.1–0.5", "0.5 and more"))

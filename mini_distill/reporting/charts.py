@@ -53,7 +53,7 @@ class Chart:
         title: Above it.
         x_label: Of the axis, with its unit.
         y_label: Of the axis, with its unit.
-        series: At least one point among them.
+        series: At least one point among them; the first is drawn on top.
         keys: The keys of the files that it is made from.
         levels: (name, y, style): horizontal lines.
         categories: Names of the places 0, 1, … on the x axis; empty: x is a number.
@@ -63,6 +63,7 @@ class Chart:
         y_text: How a number of the y axis is written.
         x_text: How one of the x axis is.
         note: Below it.
+        labelled: Whether the points are labelled, so that a legend would only repeat it.
     """
 
     title: str
@@ -78,6 +79,7 @@ class Chart:
     y_text: Callable[[float], str] = signed_free
     x_text: Callable[[float], str] = signed_free
     note: str = ""
+    labelled: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,8 +130,12 @@ def draw(chart: Chart) -> Drawing:
         x_ticks=[(x_place(x), texts.get(x) or chart.x_text(x)) for x in x_axis.ticks],
         y_ticks=[(y_place(y), chart.y_text(y)) for y in y_axis.ticks],
         levels=[(name, y_place(y), style) for name, y, style in chart.levels],
-        lines=[(series.style, _polyline(series, x_place, y_place)) for series in chart.series if series.line and len(series.points) > 1],
-        marks=[mark for series in chart.series for mark in _marks(chart, series, texts, x_place, y_place)],
+        lines=[
+            (series.style, _polyline(series, x_place, y_place))
+            for series in reversed(chart.series)
+            if series.line and len(series.points) > 1
+        ],
+        marks=[mark for series in reversed(chart.series) for mark in _marks(chart, series, texts, x_place, y_place)],
         diagonal=(x_place(0), y_place(0), x_place(1), y_place(1)) if chart.diagonal else None,
         legend=_legend(chart),
         tilted=tilted,
@@ -142,7 +148,7 @@ def _legend(chart: Chart) -> list[tuple[str, str, bool]]:
     entries = [(series.name, series.style, False) for series in chart.series if series.points]
     entries += [(name, style, True) for name, _, style in chart.levels]
     entries += [(chart.diagonal, "diagonal", True)] if chart.diagonal else []
-    return list(dict.fromkeys(entries)) if len(entries) > 1 else []
+    return list(dict.fromkeys(entries)) if len(entries) > 1 and not chart.labelled else []
 
 
 def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> tuple[list[Point], int]:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 from ..compare import NOT_COMPARED, gap_closed, has_teacher_signal, interval
 from .charts import Chart, Drawing, Series, draw, thinned
-from .figures import Cell, Figure, Table, signed_free, text_of
+from .figures import Cell, Figure, Numbered, Table, figure, signed_free, text_of
 from .measured import Measured, leaves
-from .run_page import CURVES, FEWEST_POINTS, count_text, percent_whole
+from .run_page import CURVES, FEWEST_POINTS, count_text, has_objective, percent_whole
 from .settings import WHERE_IT_RAN, differing, shown
 
 COLOURS = 8
+SAME_TEXT = ("data.num_workers", "data.cache_dir", "data.on_bad_row")
+CLOSE = 1.05
+"""Costs that differ by less than this factor are not worth a chart."""
 METRICS = (
     ("held-out loss", "eval/student_nll"),
     ("perplexity", "eval/student_perplexity"),
@@ -94,12 +99,19 @@ def grouped(runs: Sequence[Measured]) -> list[Group]:
     return [
         Group(
             i,
-            members[0].name,
+            common_name([member.name for member in members]),
             tuple(members),
             tuple(controls.get(_but_for(run, NOT_COMPARED) + str(run.seed)) if not _is_control(run) else None for run in members),
         )
         for i, members in enumerate(by_settings.values(), start=1)
     ]
+
+
+def common_name(names: Sequence[str]) -> str:
+    """What the names of the runs of a group begin with alike: `small` of `small-seed=0` and `small-seed=1`."""
+    if len(names) == 1:
+        return names[0]
+    return re.sub(r"([-_+. ]|seed|=)+$", "", os.path.commonprefix(list(names))) or names[0]  # noqa: RUF071 - letters are meant
 
 
 def _but_for(run: Measured, keys: Sequence[str]) -> str:
@@ -108,65 +120,67 @@ def _but_for(run: Measured, keys: Sequence[str]) -> str:
 
 
 def _is_control(run: Measured) -> bool:
-    objective = run.config.get("objective")
-    return bool(objective) and not has_teacher_signal(objective)
+    return has_objective(run.config) and not has_teacher_signal(run.config["objective"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------------- tables
 
 
-def overview(groups: Sequence[Group], factors: Sequence[str] = (), first: str = "") -> Table:
-    """All groups with their figures.
+def overview(groups: Sequence[Group], factors: Mapping[str, Sequence[str]] | None = None, first: str = "") -> Table:
+    """All groups with their figures, and the teacher's, if it is one for all.
 
     Args:
         groups: In the order to show.
-        factors: Settings that get a column of their own.
+        factors: Columns of their own, which say enough to tell the groups apart: what was swept -> its value in each group.
         first: A metric that is shown before the others, whether or not it is one of the usual.
     """
-    metrics = [*([(_label(first), first)] if first else []), *(pair for pair in METRICS if pair[1] != first)]
+    factors = factors or {}
+    metrics = [*([(label_of(first), first)] if first else []), *(pair for pair in METRICS if pair[1] != first)]
     metrics = [(label, key) for label, key in metrics if any(group.values(key) for group in groups)]
     several = any(len(group.members) > 1 for group in groups)
-    header = ["run", *factors, *(["seeds"] if several else []), *(label for label, _ in metrics)]
+    header = ["run", *map(last_part, factors), *(["seeds"] if several else []), *(label for label, _ in metrics)]
     rows: list[list[Cell]] = []
-    for group in groups:
-        values: list[Cell] = [_setting(group.members[0], factor) for factor in factors]
-        rows.append(
-            [f"{group.number}  {group.name}", *values, *([group.seeds] if several else []), *(group.figure(key) for _, key in metrics)]
-        )
-    if any("teacher" in key for run in groups[0].members for key in run.summary) and (teacher := _teacher_row(groups, metrics)):
-        rows.append(["teacher", *[None] * (len(factors) + several), *teacher])
+    for i, group in enumerate(groups):
+        values: list[Cell] = [of_groups[i] for of_groups in factors.values()]
+        seeds: list[Cell] = [group.seeds] if several else []
+        figures = [group.figure(key) for _, key in metrics]
+        rows.append([Numbered(group.number, "" if factors else group.name, group.style), *values, *seeds, *figures])
+    if teacher := _teacher_row(groups, [key for _, key in metrics]):
+        rows.append(["teacher", *[""] * (len(factors) + several), *teacher])
     note = "± is half a 95 % confidence interval over seeds (Student's t)." if several else "One seed each: no error bars."
     return Table(note, header, rows)
 
 
-def _label(key: str) -> str:
+def label_of(key: str) -> str:
+    """What a metric is called."""
     return next((label for label, known in METRICS if known == key), key)
 
 
-def _teacher_row(groups: Sequence[Group], metrics: Sequence[tuple[str, str]]) -> list[Figure | None] | None:
-    """The teacher's figures, if it is the same for all of the runs."""
-    cells = []
-    for _, key in metrics:
-        own = key.replace("student_", "teacher_")
-        cells.append(groups[0].figure(own) if own != key else None)
-    firsts = {group.mean("eval/teacher_nll") for group in groups}
-    return cells if any(cells) and len(firsts) == 1 else None
+def last_part(key: str) -> str:
+    """`temperature` of `objective.temperature`: enough for a column."""
+    return key.rpartition(".")[2]
 
 
-def _setting(run: Measured, key: str) -> str:
-    found = dict(leaves(run.config))
-    return shown(found[key]) if key in found else ""
+def _teacher_row(groups: Sequence[Group], keys: Sequence[str]) -> list[Figure | None] | None:
+    own = [key.replace("student_", "teacher_") for key in keys]
+    first = groups[0].members[0]
+    of_each = {member.value("eval/teacher_nll") for group in groups for member in group.members}
+    cells = [figure(first, name) if name != key else None for name, key in zip(own, keys, strict=True)]
+    return cells if any(cells) and len(of_each) == 1 else None
+
+
+def text_differs(groups: Sequence[Group]) -> bool:
+    """Whether the groups were measured on different held-out text, or on another part of it."""
+    data = {key for key in differing([group.members[0] for group in groups]) if key.startswith("data.") and key not in SAME_TEXT}
+    return bool(data) or len({group.mean("eval/tokens") for group in groups}) > 1
 
 
 def settings_that_differ(groups: Sequence[Group]) -> Table | None:
     """The settings in which the groups differ."""
     found = {key: values for key, values in differing([group.members[0] for group in groups]).items() if key not in ("seed", "control")}
+    names = [Numbered(group.number, group.name, group.style) for group in groups]
     rows: list[list[Cell]] = [[key, *(None if value is None else shown(value) for value in values)] for key, values in found.items()]
-    return (
-        Table("Settings that differ", ["setting", *(f"{group.number}  {group.name}" for group in groups)], rows, numeric=False)
-        if rows
-        else None
-    )
+    return Table("Settings that differ", ["setting", *names], rows, numeric=False) if rows else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------------- charts
@@ -185,13 +199,14 @@ def trade_offs(groups: Sequence[Group]) -> list[Drawing]:
     for title, unit, template in AGAINST:
         key, quality = template.format("student"), "eval/student_perplexity"
         series = [_spot(group, key, quality) for group in groups if (group.mean(key) or 0) > 0 and group.mean(quality) is not None]
-        if len(series) < FEWEST_POINTS:
+        costs = [x for spot in series for x, _ in spot.points]
+        if len(series) < FEWEST_POINTS or max(costs) < CLOSE * min(costs):
             continue
         x, y = groups[0].mean(template.format("teacher")), groups[0].mean("eval/teacher_perplexity")
         if x and y:
             series.append(Series("teacher", [(x, y)], "teacher", line=False, marks=True, labels=["teacher"]))
         text = lambda value, key=key: text_of(key, value)  # noqa: E731
-        drawn.append(draw(Chart(title, unit, "perplexity", series, f"{key} {quality}", logarithmic=True, x_text=text)))
+        drawn.append(draw(Chart(title, unit, "perplexity", series, f"{key} {quality}", logarithmic=True, x_text=text, labelled=True)))
     return drawn
 
 
@@ -207,11 +222,11 @@ def overlaid(groups: Sequence[Group]) -> list[Drawing]:
     for title, unit, keys, level_keys in CURVES:
         key = keys[0][0]
         series = []
-        for group in reversed(groups):
+        for group in groups:
             for member in group.members:
                 points, _ = thinned(member.curve(key))
                 if len(points) >= FEWEST_POINTS:
-                    name = f"{group.number}  {group.name}" if group.number <= COLOURS else "others"
+                    name = str(group.number) if group.number <= COLOURS else "others"
                     series.append(Series(name, points, group.style, marks=False))
         levels = [
             ("teacher", value, "teacher") for name, own in level_keys if name == "teacher" and (value := groups[0].mean(own)) is not None

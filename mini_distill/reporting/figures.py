@@ -33,7 +33,16 @@ class Figure:
     spread: str = ""
 
 
-Cell = Figure | str | None
+@dataclass(frozen=True)
+class Numbered:
+    """A name with the number and the colour (a class of the style sheet) that it has on the whole page."""
+
+    number: int
+    name: str
+    style: str
+
+
+Cell = Figure | Numbered | str | None
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,7 @@ class Table:
     """
 
     caption: str
-    header: Sequence[str]
+    header: Sequence[Cell]
     rows: Sequence[Sequence[Cell]]
     numeric: bool = True
 

@@ -12,9 +12,11 @@ from markupsafe import Markup
 from .. import __version__
 from ..evaluation.printable import printable
 from . import comparison, run_page, sweep
-from .figures import Figure, Table, figures_table, text_of
+from .figures import Figure, Numbered, Table, figures_table
 from .measured import Measured
 from .settings import settings_tables
+
+MOST_COLUMNS = 4  # of swept settings in the ranking; where there are more, the folders' names have to do
 
 
 def shown_text(value: Any) -> Any:
@@ -34,6 +36,7 @@ def environment() -> Environment:
         lstrip_blocks=True,
     )
     made.tests["figure"] = lambda value: isinstance(value, Figure)
+    made.tests["numbered"] = lambda value: isinstance(value, Numbered)
     made.globals["version"] = __version__
     return made
 
@@ -77,42 +80,47 @@ def page_of_run(found: Measured) -> str:
 def page_of_several(runs: Sequence[Measured]) -> str:
     """Runs beside each other."""
     groups = comparison.grouped(runs)
-    return (
-        environment()
-        .get_template("comparison.html.jinja")
-        .render(
-            title=f"{len(runs)} runs",
-            sweep=None,
-            runs=runs,
-            overview=comparison.overview(groups),
-            trade_offs=comparison.trade_offs(groups),
-            overlaid=comparison.overlaid(groups),
-            differing=comparison.settings_that_differ(groups),
-        )
+    leader = min(
+        (group for group in groups if group.values(sweep.BY_DEFAULT)), key=lambda group: group.mean(sweep.BY_DEFAULT) or 0.0, default=None
+    )
+    return _page_of_groups(
+        groups,
+        title=f"{len(runs)} runs",
+        sweep=None,
+        leader=leader,
+        best=leader.figure(sweep.BY_DEFAULT) if leader is not None else None,
+        overview=comparison.overview(groups),
+        differing=comparison.settings_that_differ(groups),
     )
 
 
 def page_of_sweep(found: sweep.Sweep) -> str:
     """A sweep."""
-    best = found.best.figure(found.metric)
+    columns = {factor.key: factor.values for factor in found.factors} if len(found.factors) <= MOST_COLUMNS else {}
+    return _page_of_groups(
+        found.groups,
+        title=f"Sweep {found.path.resolve().name}",
+        sweep=found,
+        best=found.best.figure(found.metric),
+        best_settings=", ".join(f"{key} = {values[0]}" for key, values in columns.items()),
+        overview=comparison.overview(found.groups, columns, first=found.metric),
+        effects=sweep.effects(found),
+        is_full_grid=sweep.is_full_grid(found),
+        missing=Table("Failed and unfinished", ["run", "state", "why"], [[m.name, m.state, m.why] for m in found.missing], numeric=False),
+    )
+
+
+def _page_of_groups(groups: Sequence[comparison.Group], **further: Any) -> str:
     return (
         environment()
         .get_template("comparison.html.jinja")
         .render(
-            title=f"Sweep {found.path.resolve().name}",
-            sweep=found,
-            runs=[run for group in found.groups for run in group.members],
-            best=best,
-            overview=comparison.overview(found.groups, [factor.keys[0] for factor in found.factors[:4]], first=found.metric),
-            effects=list(sweep.effects(found)),
-            is_full_grid=sweep.is_full_grid(found),
-            trade_offs=comparison.trade_offs(found.groups),
-            overlaid=comparison.overlaid(found.groups),
-            differing=None,
-            missing=Table(
-                "Failed and unfinished", ["run", "state", "why"], [[m.name, m.state, m.why] for m in found.missing], numeric=False
-            ),
-            text_of=text_of,
+            groups=groups,
+            runs=[run for group in groups for run in group.members],
+            text_differs=comparison.text_differs(groups),
+            trade_offs=comparison.trade_offs(groups),
+            overlaid=comparison.overlaid(groups),
+            **further,
         )
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..compare import has_teacher_signal, objective_text
@@ -159,7 +159,7 @@ def count_text(value: float) -> str:
 def reliability(found: Measured) -> Drawing | None:
     """How often the most likely token is right, against how likely the models say it is."""
     series = []
-    for model in MODELS:
+    for model in reversed(MODELS):  # the student on top
         bins = [b for b in found.details.get("reliability", {}).get(model, []) if b.get("tokens") and finite(b.get("accuracy")) is not None]
         points = [(float(b["confidence"]), float(b["accuracy"])) for b in bins if finite(b.get("confidence")) is not None]
         titles = [
@@ -351,12 +351,14 @@ COSTS = (
     ("joules per million written tokens (estimate)", "energy", "joules_per_million_tokens_estimate"),
 )
 BATCHED = "generation_tokens_per_second_batch"
+BATCHED_AFTER = 7  # tokens written per second
 
 
 def efficiency(found: Measured) -> Table | None:
     """What teacher and student cost."""
     batches = sorted({key.rpartition(BATCHED)[2] for key in found.summary if BATCHED in key}, key=lambda text: (len(text), text))
-    lines = [*COSTS, *((f"tokens written per second, {size} texts at a time", "perf", f"{BATCHED}{size}") for size in batches)]
+    batched = [(f"tokens written per second, {size} texts at a time", "perf", f"{BATCHED}{size}") for size in batches]
+    lines = [*COSTS[:BATCHED_AFTER], *batched, *COSTS[BATCHED_AFTER:]]
     rows: list[list[Cell]] = []
     for label, family, name in lines:
         teacher, student = (f"{family}/{model}_{name}" for model in MODELS)
@@ -381,14 +383,20 @@ def tasks(found: Measured) -> Table | None:
     names = dict.fromkeys(key.rpartition("/")[0] for key in found.summary if key.startswith("task/") and key.rpartition("/")[2] in MODELS)
     rows: list[list[Cell]] = []
     for name in names:
-        teacher, student = (figure(found, f"{name}/{model}") for model in MODELS)
+        teacher, student = (_with_error(found, f"{name}/{model}") for model in MODELS)
         difference = None
         if teacher and student and teacher.value is not None and student.value is not None:
             shift = student.value - teacher.value
-            text = f"{100 * shift:+.1f} points" if {teacher.text[-1], student.text[-1]} == {"%"} else f"{shift:+.3g}"
+            text = f"{100 * shift:+.1f} points".replace("-", "−") if {teacher.text[-1], student.text[-1]} == {"%"} else f"{shift:+.3g}"
             difference = Figure(text, f"{name}/student {name}/teacher", shift)
-        rows.append([name.removeprefix("task/").replace("/", " / "), teacher, student, difference])
-    return Table("Tasks and bias", ["task", *MODELS, "difference"], rows) if rows else None
+        rows.append([name.removeprefix("task/").replace("/", " / "), figure(found, f"{name}/items"), teacher, student, difference])
+    return Table("± is the standard error over items", ["task", "items", *MODELS, "difference"], rows) if rows else None
+
+
+def _with_error(found: Measured, key: str) -> Figure | None:
+    """A task's figure, ± its standard error where that was measured."""
+    shown, error = figure(found, key), figure(found, f"{key}_standard_error")
+    return replace(shown, spread=f"± {error.text.removesuffix(' %')}", keys=f"{key} {error.keys}") if shown and error else shown
 
 
 def further(found: Measured, shown: set[str]) -> Table | None:
@@ -431,7 +439,7 @@ def provenance(found: Measured) -> list[tuple[str, str]]:
                 if data.get(key) is not None
             ),
         ),
-        ("objective", objective_text(config["objective"]) if _has_objective(config) else ""),
+        ("objective", objective_text(config["objective"]) if has_objective(config) else ""),
         ("seed", "" if found.seed is None else str(found.seed)),
         ("evaluation", found.evaluation),
     ]
@@ -439,7 +447,8 @@ def provenance(found: Measured) -> list[tuple[str, str]]:
     return [(name, text) for name, text in lines if text]
 
 
-def _has_objective(config: dict[str, Any]) -> bool:
+def has_objective(config: dict[str, Any]) -> bool:
+    """Whether a configuration says what the loss was, in the terms of this version."""
     return {"kl_weight", "ce_weight", "divergence", "temperature", "terms"} <= set(config.get("objective") or {})
 
 
@@ -463,7 +472,7 @@ def not_measured(found: Measured) -> Iterator[tuple[str, str]]:
         return
     if not has("eval/forward_kl"):
         yield "Fidelity: there was no teacher to compare with.", ""
-    if _has_objective(found.config) and not has_teacher_signal(found.config["objective"]):
+    if has_objective(found.config) and not has_teacher_signal(found.config["objective"]):
         yield "No teacher's signal was in the loss: this run is a control.", ""
     elif found.is_training and not has("control/student_nll"):
         yield "What the teacher was worth: the same student was not trained without it.", "control=true"

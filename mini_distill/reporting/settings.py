@@ -89,6 +89,11 @@ def command_of(config: Mapping[str, Any]) -> str:
     return " ".join(["python -m mini_distill.train", *chosen, *map(shlex.quote, changed)])
 
 
+def preset_of(config: Mapping[str, Any], group: str) -> str | None:
+    """The preset from which the fewest settings of a group differ."""
+    return _nearest(config.get(group) or {}, dataclasses.asdict(Config())[group], presets(group), _default_preset(group))
+
+
 def _settings(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """The settings of the contract: mappings of the user's own stay whole."""
     return [(f"{group}.{name}", value) for group in GROUPS for name, value in config.get(group, {}).items()] + [

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from ..contract import did_you_mean
 from ..errors import ConfigError, StorageError
+from ..overrides import GROUPS
 from .charts import Chart, Drawing, Series, draw
-from .comparison import Group, grouped
-from .figures import text_of
-from .measured import Measured, is_measured, open_measured
-from .settings import command_of, differing, shown
+from .comparison import Group, grouped, label_of
+from .figures import signed_free, text_of
+from .measured import Measured, finite, is_measured, open_measured
+from .run_page import percent_whole
+from .settings import command_of, differing, preset_of, shown
 
 BY_DEFAULT = "eval/student_nll"
 HIGHER_IS_BETTER = re.compile(r"agreement|correlation|gap_closed|kl_reduction|tokens_per_second|distinct|^task/")
 MOST_FACTORS = 12
+MOST_VALUES = 8  # that are places on an axis; more are an axis of numbers
+WIDE = 20  # from the lowest to the highest value of a logarithmic axis
 _MOVED_ASIDE = re.compile(r"\.old-\d+$")
 _LOST = 20_000  # characters at the end of a log that are searched for the error
 
@@ -37,22 +40,22 @@ class Missing:
 
 @dataclass(frozen=True)
 class Factor:
-    """Settings that were swept together.
+    """What was swept: a setting, or the preset of a group.
 
     Attributes:
-        keys: Their full paths; several where each value of one goes with one value of the other.
-        values: In words, of each group.
-        order: What the values are sorted by.
+        key: Its full path, or the group's name.
+        values: In words, of each group of runs.
+        order: What the values are sorted by: numbers first, as numbers.
     """
 
-    keys: tuple[str, ...]
+    key: str
     values: tuple[str, ...]
-    order: tuple[Any, ...]
+    order: tuple[tuple[bool, float, str], ...]
 
     @property
-    def name(self) -> str:
-        """The first key, and how many go with it."""
-        return self.keys[0] if len(self.keys) == 1 else f"{self.keys[0]} (and {len(self.keys) - 1} that go with it)"
+    def numbers(self) -> list[float]:
+        """The values, if all are numbers."""
+        return [] if any(is_text for is_text, _, _ in self.order) else [number for _, number, _ in self.order]
 
 
 @dataclass(frozen=True)
@@ -171,25 +174,32 @@ def _error_in_logs(folder: Path) -> str:
 
 
 def factors(groups: Sequence[Group]) -> list[Factor]:
-    """The settings that are not the same in all groups; those that always change together as one."""
-    found = [(key, values) for key, values in differing([group.members[0] for group in groups]).items() if key not in ("seed", "control")]
-    together: dict[tuple[int, ...], list[tuple[str, list[Any]]]] = {}
-    for key, values in found:
-        texts = [shown(value) for value in values]
-        together.setdefault(tuple(texts.index(text) for text in texts), []).append((key, values))
-    return [_factor(members) for members in together.values()]
+    """What is not the same in all groups: presets, and the settings that no preset explains."""
+    runs = [group.members[0] for group in groups]
+    found = {key: values for key, values in differing(runs).items() if key not in ("seed", "control")}
+    chosen = []
+    for name in GROUPS:
+        presets = [preset_of(run.config, name) for run in runs]
+        explained = [key for key, values in found.items() if key.startswith(f"{name}.") and _follows(values, presets)]
+        if len(set(presets)) > 1 and len(explained) > 1:
+            sizes = [group.mean("model/student_parameters") or 0.0 for group in groups]
+            chosen.append(
+                Factor(
+                    name, tuple(map(str, presets)), tuple((True, size, str(preset)) for size, preset in zip(sizes, presets, strict=True))
+                )
+            )
+            found = {key: values for key, values in found.items() if key not in explained}
+    return chosen + [Factor(key, tuple(map(shown, values)), tuple(map(_order, values))) for key, values in found.items()]
 
 
-def _factor(members: list[tuple[str, list[Any]]]) -> Factor:
-    """Of settings that go together a number stands for all, since it has an order."""
-    members = sorted(members, key=lambda member: not all(isinstance(value, int | float) for value in member[1]))
-    values = members[0][1]
-    return Factor(tuple(key for key, _ in members), tuple(map(shown, values)), tuple(map(_order, values)))
+def _follows(values: Sequence[Any], presets: Sequence[str | None]) -> bool:
+    """Whether the preset decides the value."""
+    return len({(preset, shown(value)) for preset, value in zip(presets, values, strict=True)}) == len(set(presets))
 
 
 def _order(value: Any) -> tuple[bool, float, str]:
-    is_number = isinstance(value, int | float)
-    return not is_number, float(value) if is_number else 0.0, shown(value)
+    number = finite(value)
+    return number is None, number or 0.0, shown(value)
 
 
 def is_full_grid(sweep: Sweep) -> bool:
@@ -197,24 +207,25 @@ def is_full_grid(sweep: Sweep) -> bool:
     return len(sweep.groups) == math.prod(len(set(factor.values)) for factor in sweep.factors)
 
 
-def effects(sweep: Sweep) -> Iterator[Drawing]:
-    """The metric by the value of each swept setting, one small chart each."""
-    for factor in sweep.factors[:MOST_FACTORS]:
-        of_group = [
-            (order, text, group.mean(sweep.metric) or 0.0, group)
-            for order, text, group in zip(factor.order, factor.values, sweep.groups, strict=True)
-        ]
-        of_group.sort(key=lambda entry: entry[0])
-        names = [text for (_, text), _ in groupby(entry[:2] for entry in of_group)]
-        each = Series(
-            "each run",
-            [(float(names.index(text)), value) for _, text, value, _ in of_group],
-            "other",
-            line=False,
-            marks=True,
-            titles=[f"{group.number} {group.name}: {text_of(sweep.metric, value)}" for _, _, value, group in of_group],
-        )
-        means = [(float(i), fmean(value for _, text, value, _ in of_group if text == name)) for i, name in enumerate(names)]
-        average = Series("mean", means, "student", marks=True)
-        text = lambda value: text_of(sweep.metric, value)  # noqa: E731
-        yield draw(Chart(factor.name, factor.keys[0], sweep.metric, [each, average], sweep.metric, categories=names, y_text=text))
+def effects(sweep: Sweep) -> list[Drawing]:
+    """The metric by the value of each factor, one small chart each."""
+    return [_effect(sweep, factor) for factor in sweep.factors[:MOST_FACTORS]]
+
+
+def _effect(sweep: Sweep, factor: Factor) -> Drawing:
+    metric = [group.mean(sweep.metric) or 0.0 for group in sweep.groups]
+    titles = [f"{group.number} {group.name}: {text_of(sweep.metric, value)}" for group, value in zip(sweep.groups, metric, strict=True)]
+    y_text = percent_whole if text_of(sweep.metric, metric[0]).endswith("%") else signed_free
+    label = label_of(sweep.metric)
+    names = [text for _, text in sorted(set(zip(factor.order, factor.values, strict=True)))]
+    if len(names) > MOST_VALUES and factor.numbers:  # as a random search has them: no two alike, so there is nothing to average
+        each = Series("each run", list(zip(factor.numbers, metric, strict=True)), "student", line=False, marks=True, titles=titles)
+        wide = min(factor.numbers) > 0 and max(factor.numbers) > WIDE * min(factor.numbers)
+        return draw(Chart(factor.key, factor.key, label, [each], sweep.metric, logarithmic=wide, y_text=y_text))
+    places = [float(names.index(text)) for text in factor.values]
+    each = Series("each run", list(zip(places, metric, strict=True)), "other", line=False, marks=True, titles=titles)
+    means = [(float(i), fmean(y for x, y in zip(places, metric, strict=True) if x == i)) for i in range(len(names))]
+    chart = Chart(
+        factor.key, factor.key, label, [Series("mean", means, "student", marks=True), each], sweep.metric, categories=names, y_text=y_text
+    )
+    return draw(chart)

@@ -1,0 +1,154 @@
+"""The page of one run: what its words claim, and what it admits not to know."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from measured_folders import details, status, summary, write_run
+
+from mini_distill.report import report
+from mini_distill.reporting.figures import Figure, figures_table, seconds, text_of
+from mini_distill.reporting.measured import Measured, open_measured
+from mini_distill.reporting.run_page import curves, differences, in_words, not_measured, reliability, slices, tasks
+from mini_distill.reporting.settings import settings_tables
+
+
+def words(folder: Path) -> str:
+    """The sentences on top."""
+    parts = [part for sentence in in_words(open_measured(folder)) for part in (*sentence, " ")]
+    return "".join(part.text if isinstance(part, Figure) else part for part in parts)
+
+
+def test_the_words_say_what_the_figures_say(tmp_path: Path) -> None:
+    said = words(write_run(tmp_path / "run"))
+    assert "has 33.3 % of the teacher's parameters and reads text 3.00 times as fast." in said
+    assert "same next token as the teacher at 41.7 % of the places." in said
+    assert "loses 1.000 nats per token more than the teacher; training took it 50.0 % of the way there" in said
+    assert "Distillation closes 28.6 % of what separates the same student" in said
+
+
+def test_the_words_do_not_praise_what_did_not_help(tmp_path: Path) -> None:
+    worse = summary(3.5, 8) | {"control/gap_closed": -0.1, "control/kl_reduction": -0.2, "before/student_nll": 3.4}
+    said = words(write_run(tmp_path / "run", summary=worse))
+    assert "Distillation did not help: it closes -10.0 %" in said and "training made it worse" in said and "takes away" not in said
+
+
+def test_what_was_not_measured_is_said_and_not_shown_as_nothing(tmp_path: Path) -> None:
+    bare = write_run(tmp_path / "a b", summary={"eval/student_nll": 3.5, "eval/x": None}, details=None)
+    said = " ".join(f"{what} {remedy}" for what, remedy in not_measured(open_measured(bare)))
+    for part in (
+        "no teacher to compare",
+        "control=true",
+        "Tasks and bias",
+        "memory",
+        "Reliability, slices, differences, samples",
+        "eval/x",
+        "no error bars",
+    ):
+        assert part in said
+    assert "python -m mini_distill.evaluate model='" in said  # a path with a space, quoted
+    assert words(bare) == ""
+    page = report([bare]).read_text(encoding="utf-8")
+    for absent in ("Calibration", "Samples side by side", "What the models cost"):
+        assert absent not in page
+    everything = {what for what, _ in not_measured(open_measured(write_run(tmp_path / "whole")))}
+    assert everything == {"Spread: one run with one seed has no error bars."}
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [("running", "not finished: its status says"), ("preempted", "was stopped at step 4"), ("failed", "failed at step 4: out of luck")],
+)
+def test_a_run_that_is_not_finished_is_shown_as_far_as_it_came(tmp_path: Path, state: str, said: str) -> None:
+    run = write_run(tmp_path / "run", summary=None, details=None, status=status(4, state, error="out of luck"))
+    page = report([run]).read_text(encoding="utf-8")
+    assert "".join(page.split("<em>")).replace("</em>", "").count(said) == 1
+    assert "Held-out loss" in page and "final figures are missing" in page
+
+
+def test_the_teachers_level_is_beside_the_held_out_loss(tmp_path: Path) -> None:
+    drawn = {drawing.chart.title: drawing for drawing in curves(open_measured(write_run(tmp_path / "run")))}
+    assert list(drawn) == ["Training loss", "Held-out loss", "KL to the teacher", "Top-1 agreement"]
+    assert [(name, y) for name, y, _ in drawn["Held-out loss"].chart.levels] == [("teacher", 2.5), ("control", 3.9)]
+    assert len(drawn["Training loss"].chart.series[0].points) == 8
+
+
+def test_calibration_leaves_out_empty_bins(tmp_path: Path) -> None:
+    drawing = reliability(open_measured(write_run(tmp_path / "run")))
+    assert drawing is not None and [len(series.points) for series in drawing.chart.series] == [4, 4]  # the first bin has no tokens
+    assert reliability(Measured(tmp_path)) is None
+
+
+def test_slices_have_charts_and_figures(tmp_path: Path) -> None:
+    views = slices(open_measured(write_run(tmp_path / "run")))
+    assert [view.name for view in views][:2] == ["By tokens before the predicted one", "By the teacher's uncertainty (entropy, nats)"]
+    assert [len(view.charts) for view in views] == [2, 2, 2]
+    assert list(views[0].charts[0].chart.categories) == ["<0.1", "0.1–0.5", "≥0.5"]
+    assert views[0].charts[0].lines and not views[2].charts[0].lines  # a column has no order to join its values by
+
+
+def test_a_token_tells_its_numbers_and_a_stronger_difference_is_darker(tmp_path: Path) -> None:
+    (text,) = differences(open_measured(write_run(tmp_path / "run", details=details("def"))))
+    assert [token.heat for token in text.tokens] == [None, 4, 6]
+    assert text.tokens[1].title == (
+        f"KL 1.25 nats\nteacher gives it {100 * math.exp(-0.4):.1f} %, expects “def”\nstudent gives it {100 * math.exp(-2.3):.1f} %, expects “def”"
+    )
+    assert [row[0] for row in text.worst.rows] == ["↵", "def"]  # the furthest first
+
+
+def test_details_with_less_in_them_are_read_as_far_as_they_go(tmp_path: Path) -> None:
+    sparse: dict[str, Any] = {
+        "reliability": {"student": [{"tokens": 3, "accuracy": None}]},
+        "slices": {"position": [{"label": "1–7", "student_nll": None}], "empty": []},
+        "differences": [{"row": "x", "forward_kl": None, "tokens": []}, {"forward_kl": 1.0, "tokens": [{"forward_kl": 0.5}, {}]}],
+        "samples": [{"continuations": {}}],
+        "future": 3,
+    }
+    page = report([write_run(tmp_path / "run", details=sparse)]).read_text(encoding="utf-8")
+    assert "text 1" in page and "Sample 1" in page
+
+
+def test_tasks_have_both_models_their_difference_and_their_standard_error(tmp_path: Path) -> None:
+    more = summary(3.5, 8) | {"task/blimp/items": 100.0, "task/blimp/student_standard_error": 0.043}
+    table = tasks(open_measured(write_run(tmp_path / "run", summary=more)))
+    assert table is not None and table.rows[0][0] == "blimp" and table.rows[1][0] == "blimp / agreement"
+    items, teacher, student, difference = (cell for cell in table.rows[0][1:] if isinstance(cell, Figure))
+    assert (items.text, teacher.text, student.text, student.spread, difference.text) == ("100", "85.0 %", "75.0 %", "± 4.3", "−10.0 points")
+
+
+def test_the_figures_are_those_of_the_table_at_the_end_of_a_run(tmp_path: Path) -> None:
+    table = figures_table(open_measured(write_run(tmp_path / "run")))
+    assert table is not None and list(table.header) == ["", "teacher", "student before", "control", "student after"]
+    assert [cell.text if isinstance(cell, Figure) else cell for cell in table.rows[0]] == ["perplexity", "12.18", "90.02", "49.40", "33.12"]
+
+
+def test_settings_that_differ_from_the_defaults_come_first(tmp_path: Path) -> None:
+    tables = settings_tables(open_measured(write_run(tmp_path / "run", "objective.temperature=2")))
+    assert tables is not None and ["objective.temperature", "2.0", "1.0"] in [list(row) for row in tables[0].rows]
+    assert "trainer.learning_rate" in [row[0] for row in tables[1].rows]
+
+
+def test_secrets_in_a_configuration_are_not_carried_into_the_page(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    text = (run / "config.yaml").read_text().replace("path: null", "path: https://me:hunter22@host/data", 1)
+    (run / "config.yaml").write_text(text)
+    page = report([run]).read_text(encoding="utf-8")
+    assert "hunter22" not in page and "host/data" in page
+
+
+def test_an_evaluation_alone_needs_no_configuration(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "summary.json").write_text(json.dumps({"eval/student_nll": 3.5, "eval/student_perplexity": 33.1}))
+    assert "33.10" in report([tmp_path / "old"]).read_text(encoding="utf-8")
+
+
+def test_numbers_are_written_as_suits_them() -> None:
+    assert [seconds(value) for value in (0.0123, 3.24, 600, 36000)] == ["12.3 ms", "3.24 s", "10 min", "10 h"]
+    assert text_of("perf/student_time_to_first_token", 0.0123) == "12.3 ms"
+    assert text_of("model/student_file_bytes", 6.28e6) == "6.28 MB"
+    assert text_of("control/gap_closed", 0.286) == "28.6 %"
+    assert text_of("unheard/of", 0.00012) == "1.200e-04" and text_of("unheard/of", 1234.5) == "1,234"
