@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import importlib
 import json
@@ -43,7 +45,15 @@ def cache_command(run_command: list[str]) -> list[str]:
 
 def cache_config(run_command: list[str], folder: Path, *more: str) -> CacheCommand:
     """The checked configuration of the cache command."""
-    return load_config([*cache_command(run_command), f"cache.dir={folder}", *more], "cache", CacheCommand)
+    config = copy.deepcopy(checked((*cache_command(run_command), *more)))
+    config.cache.dir = str(folder)
+    return config
+
+
+@functools.cache
+def checked(command: tuple[str, ...]) -> CacheCommand:
+    """The configuration of a command for some folder: composing it takes longer than a tiny build."""
+    return load_config([*command, "cache.dir=somewhere"], "cache", CacheCommand)
 
 
 def build(run_command: list[str], folder: Path, *more: str) -> dict[str, Any]:
