@@ -74,7 +74,7 @@ axes.legend(frameon=False);
 # %% [markdown]
 # The forward KL puts its largest probability into the valley, on tokens the teacher hardly uses. The reverse KL takes one peak and
 # forgets the other (begun further to the right, it takes the right one). Neither is wrong: a model that is measured by its loss on text
-# must not forget; one that writes text had better not invent.
+# must not forget; one that writes text had better not invent. The JSD, from this start, covers as the forward KL does.
 #
 # ## Three language models
 #
@@ -160,6 +160,9 @@ for name, run in runs.items():
     print(f"── {name}\n{prompt}{run.generate(prompt, max_new_tokens=32)}\n")
 
 # %% [markdown]
+# The two sharper students repeat themselves, as small models do when the likeliest token is taken every time; the forward KL's writes on,
+# and invents.
+#
 # ## Which one, then?
 #
 # - Measured by likelihood, or distilled further later, or from random weights: `forward_kl`, the default.

@@ -195,11 +195,15 @@ def notebooks() -> list[Path]:
     return sorted((ROOT / "notebooks").glob("*.py"))
 
 
+def cells(script: Path) -> list[str]:
+    """A notebook's cells, each from the rest of its `# %%` line on."""
+    return re.split(r"^# %%", script.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+
+
 def notebook_page(script: Path) -> str:
     """A notebook as a page: its prose, its code, and what its cells showed, as scripts/make_notebooks.py kept it."""
-    cells = re.split(r"^# %%", script.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
     parts = []
-    for number, cell in enumerate(cells):
+    for number, cell in enumerate(cells(script)):
         mark, _, body = cell.partition("\n")
         if "[markdown]" in mark:
             prose = re.sub(r"^# ?", "", body.strip(), flags=re.MULTILINE)
@@ -216,7 +220,8 @@ def _shown(name: str) -> list[str]:
     if (folder / f"{name}.png").exists():
         return [f"![](../images/notebooks/{name}.png)"]
     if (folder / f"{name}.html").exists():
-        return [f'<div class="output">{(folder / f"{name}.html").read_text(encoding="utf-8").strip()}</div>']
+        table = (folder / f"{name}.html").read_text(encoding="utf-8").strip()
+        return [table if table.startswith("|") else f'<div class="output">{table}</div>']  # Markdown, or what pandas writes
     if (folder / f"{name}.txt").exists():
         return [f"```text\n{(folder / f'{name}.txt').read_text(encoding='utf-8').rstrip()}\n```"]
     return []

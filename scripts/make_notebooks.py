@@ -20,6 +20,7 @@ from nbformat import NotebookNode
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "notebooks"
 FIGURES = ROOT / "docs" / "images" / "notebooks"
+WIDGET = "application/vnd.jupyter.widget-view+json"  # bars of other libraries
 
 
 def scripts() -> list[Path]:
@@ -65,7 +66,7 @@ def keep_outputs(notebook: NotebookNode, name: str) -> int:
         old.unlink()
     count = 0
     for number, cell in enumerate(notebook.cells):
-        shown = [output["data"] for output in cell.get("outputs", []) if "data" in output]
+        shown = [output["data"] for output in cell.get("outputs", []) if "data" in output and WIDGET not in output["data"]]
         printed = "".join(output["text"] for output in cell.get("outputs", []) if output.get("name") == "stdout")
         pictures = [data["image/png"] for data in shown if "image/png" in data]
         texts = [data["text/plain"] for data in shown if "image/png" not in data]

@@ -10,7 +10,8 @@ import pytest
 pytest.importorskip("jupytext", reason="needs the extra mini_distill[dev]")
 pytest.importorskip("nbclient", reason="needs the extra mini_distill[dev]")
 
-from make_notebooks import FOLDER, as_ipynb, execute, scripts
+from docs_site import cells
+from make_notebooks import FIGURES, FOLDER, as_ipynb, execute, scripts
 
 SMALL = {"STEPS": 2, "BATCHES": 1, "ROWS": 5, "TEMPERATURES": (1,), "KINDS": ("forward_kl",)}
 
@@ -28,6 +29,17 @@ def test_the_notebook_is_its_script_without_outputs(script: Path) -> None:
     cells = json.loads(text)["cells"]
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
     assert {path.stem for path in FOLDER.glob("*.ipynb")} == {path.stem for path in scripts()}
+
+
+@pytest.mark.parametrize("script", scripts(), ids=lambda script: script.stem)
+def test_what_the_site_shows_belongs_to_a_cell_of_code(script: Path) -> None:
+    """Figures are kept under the number of their cell: after a cell is added, the notebook has to be run again."""
+    whole = json.loads(script.with_suffix(".ipynb").read_text(encoding="utf-8"))["cells"]
+    assert len(cells(script)) == len(whole)
+    kept = {int(path.stem.rpartition("_")[2]) for path in FIGURES.glob(f"{script.stem}_*")}
+    assert kept and all(whole[number]["cell_type"] == "code" for number in kept), "run: python scripts/make_notebooks.py run " + script.stem
+    plotted = {number for number, cell in enumerate(whole) if cell["cell_type"] == "code" and "plt.subplots(" in "".join(cell["source"])}
+    assert plotted <= kept
 
 
 @pytest.mark.parametrize("script", scripts(), ids=lambda script: script.stem)
