@@ -18,6 +18,7 @@ MOST_CATEGORIES = 20
 LETTER = 7.5  # width of one on an axis
 TILTED = 38.0  # room below the axis for names that do not fit side by side
 LONGEST = 14
+SAME = 1e-12  # relative difference below which values have one place
 
 Point = tuple[float, float]
 
@@ -122,7 +123,8 @@ def draw(chart: Chart) -> Drawing:
     y_axis = _axis([*(y for _, y in points), *(y for _, y, _ in chart.levels)], chart.square, False)
     x_place = lambda x: LEFT + x_axis.share(x) * (WIDTH - LEFT - RIGHT)  # noqa: E731
     y_place = lambda y: HEIGHT - BOTTOM - y_axis.share(y) * (HEIGHT - TOP - BOTTOM)  # noqa: E731
-    tilted = sum(min(len(name), LONGEST) + 1 for name in chart.categories) * LETTER > WIDTH - LEFT - RIGHT
+    widest = max((min(len(name), LONGEST) + 1 for name in chart.categories), default=0)
+    tilted = widest * LETTER * len(chart.categories) > WIDTH - LEFT - RIGHT
     texts = {float(i): name for i, name in enumerate(chart.categories)}
     return Drawing(
         chart=chart,
@@ -187,8 +189,9 @@ def _axis(values: Iterable[float], unit: bool, logarithmic: bool) -> Axis:
     low, high = (0.0, 1.0) if unit else (min(values), max(values))
     if logarithmic:
         return _log_axis(low, high)
-    if low == high:
-        low, high = (low - abs(low) / 2, high + abs(high) / 2) if low else (-1.0, 1.0)
+    if high - low <= SAME * max(abs(low), abs(high), SAME):
+        room = max(abs(low), abs(high)) / 2 if max(abs(low), abs(high)) > SAME else 1.0
+        low, high = low - room, high + room
     ticks = nice_ticks(low, high)
     margin = 0.0 if unit else 0.04 * (high - low)
     low, high = (low if unit else min(low - margin, low)), high + margin

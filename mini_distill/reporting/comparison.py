@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -11,12 +12,13 @@ from statistics import fmean
 
 from ..compare import NOT_COMPARED, gap_closed, has_teacher_signal, interval
 from .charts import Chart, Drawing, Series, draw, thinned
-from .figures import Cell, Figure, Numbered, Table, figure, signed_free, text_of
+from .figures import Cell, Figure, Numbered, Table, count_text, factor, figure, percent_whole, signed_free, text_of
 from .measured import Measured, leaves
-from .run_page import CURVES, FEWEST_POINTS, count_text, has_objective, percent_whole
+from .run_page import CURVES, FEWEST_POINTS, has_objective
 from .settings import WHERE_IT_RAN, differing, shown
 
 COLOURS = 8
+QUALITY = "eval/student_perplexity"
 SAME_TEXT = ("data.num_workers", "data.cache_dir", "data.on_bad_row")
 CLOSE = 1.05
 """Costs that differ by less than this factor are not worth a chart."""
@@ -148,6 +150,7 @@ def overview(groups: Sequence[Group], factors: Mapping[str, Sequence[str]] | Non
     if teacher := _teacher_row(groups, [key for _, key in metrics]):
         rows.append(["teacher", *[""] * (len(factors) + several), *teacher])
     note = "± is half a 95 % confidence interval over seeds (Student's t)." if several else "One seed each: no error bars."
+    note += " Each run timed its speed by itself." if any("tokens_per_second" in key for _, key in metrics) else ""
     return Table(note, header, rows)
 
 
@@ -187,33 +190,45 @@ def settings_that_differ(groups: Sequence[Group]) -> Table | None:
 
 AGAINST = (
     ("Quality against size", "parameters", "model/{}_parameters"),
-    ("Quality against the time to the first token", "seconds", "perf/{}_time_to_first_token"),
+    ("Quality against the time to the first token", "time to the first token", "perf/{}_time_to_first_token"),
     ("Quality against writing speed", "tokens written per second", "perf/{}_generation_tokens_per_second"),
     ("Quality against reading speed", "tokens read per second", "perf/{}_tokens_per_second"),
 )
 
 
 def trade_offs(groups: Sequence[Group]) -> list[Drawing]:
-    """Held-out perplexity against what a model costs; the teacher among the students."""
+    """Held-out perplexity against what a model costs; the teacher among the students.
+
+    Times are over the teacher's of the same run where it was timed, since machines are not equally busy on all days.
+    """
     drawn = []
     for title, unit, template in AGAINST:
-        key, quality = template.format("student"), "eval/student_perplexity"
-        series = [_spot(group, key, quality) for group in groups if (group.mean(key) or 0) > 0 and group.mean(quality) is not None]
-        costs = [x for spot in series for x, _ in spot.points]
-        if len(series) < FEWEST_POINTS or max(costs) < CLOSE * min(costs):
+        key, own = template.format("student"), template.format("teacher")
+        relative = key.startswith("perf/") and all(member.value(own) for group in groups for member in group.members)
+        spots = [(group, _cost(group, key, own if relative else None), group.mean(QUALITY)) for group in groups]
+        known = [(group, cost, quality) for group, cost, quality in spots if cost and quality]
+        if len(known) < FEWEST_POINTS or max(cost for _, cost, _ in known) < CLOSE * min(cost for _, cost, _ in known):
             continue
-        x, y = groups[0].mean(template.format("teacher")), groups[0].mean("eval/teacher_perplexity")
+        text = factor if relative else lambda value, key=key: text_of(key, value)
+        series = [_spot(group, (cost, quality), text(cost)) for group, cost, quality in known]
+        x, y = 1.0 if relative else groups[0].mean(own), groups[0].mean("eval/teacher_perplexity")
         if x and y:
             series.append(Series("teacher", [(x, y)], "teacher", line=False, marks=True, labels=["teacher"]))
-        text = lambda value, key=key: text_of(key, value)  # noqa: E731
-        drawn.append(draw(Chart(title, unit, "perplexity", series, f"{key} {quality}", logarithmic=True, x_text=text, labelled=True)))
+        label = f"{unit} ÷ the teacher's" if relative else unit
+        keys = f"{key} {own} {QUALITY}" if relative else f"{key} {QUALITY}"
+        drawn.append(draw(Chart(title, label, "perplexity", series, keys, logarithmic=True, x_text=text, labelled=True)))
     return drawn
 
 
-def _spot(group: Group, key: str, quality: str) -> Series:
-    point = (group.mean(key) or 0.0, group.mean(quality) or 0.0)
-    title = f"{group.number} {group.name}: perplexity {point[1]:.2f}, {text_of(key, point[0])}"
-    return Series(f"{group.number}  {group.name}", [point], group.style, line=False, marks=True, titles=[title], labels=[str(group.number)])
+def _cost(group: Group, key: str, below: str | None) -> float | None:
+    """The mean of a figure, or of its ratio to another of the same run."""
+    values = [value / ((member.value(below) or math.nan) if below else 1.0) for member, value in group.values(key)]
+    return fmean(values) if values else None
+
+
+def _spot(group: Group, point: tuple[float, float], cost: str) -> Series:
+    title = f"{group.number} {group.name}: perplexity {point[1]:.2f}, {cost}"
+    return Series(str(group.number), [point], group.style, line=False, marks=True, titles=[title], labels=[str(group.number)])
 
 
 def overlaid(groups: Sequence[Group]) -> list[Drawing]:

@@ -10,7 +10,7 @@ from typing import Any
 from ..evaluation.table import COLUMNS, ROWS, count, decimals, percent
 from .measured import Measured, finite
 
-MISSING = "–"
+MODELS = ("teacher", "student")
 NOT_FINITE = "not finite"
 
 
@@ -70,6 +70,16 @@ def seconds(value: float) -> str:
         if value >= 2 * size:
             return f"{value / size:.3g} {unit}"
     return f"{value:.3g} s"
+
+
+def percent_whole(value: float) -> str:
+    """A share without decimals."""
+    return f"{100 * value:.0f} %"
+
+
+def count_text(value: float) -> str:
+    """A number of steps."""
+    return f"{value:,.0f}" if value == int(value) else f"{value:g}"
 
 
 def signed_free(value: float) -> str:

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from .. import __version__
 from ..evaluation.printable import printable
-from . import comparison, run_page, sweep
+from . import close_look, comparison, run_page, sweep
 from .figures import Figure, Numbered, Table, figures_table
 from .measured import Measured
 from .settings import settings_tables
@@ -64,11 +64,11 @@ def page_of_run(found: Measured) -> str:
             tasks=tasks,
             generations=generations,
             curves=run_page.curves(found),
-            reliability=run_page.reliability(found),
-            slices=run_page.slices(found),
-            differences=run_page.differences(found),
-            heat=run_page.HEAT,
-            samples=run_page.samples(found),
+            reliability=close_look.reliability(found),
+            slices=close_look.slices(found),
+            differences=close_look.differences(found),
+            heat=close_look.HEAT,
+            samples=close_look.samples(found),
             settings=settings_tables(found),
             provenance=run_page.provenance(found),
             not_measured=list(run_page.not_measured(found)),

@@ -15,9 +15,8 @@ from ..errors import ConfigError, StorageError
 from ..overrides import GROUPS
 from .charts import Chart, Drawing, Series, draw
 from .comparison import Group, grouped, label_of
-from .figures import signed_free, text_of
+from .figures import percent_whole, signed_free, text_of
 from .measured import Measured, finite, is_measured, open_measured
-from .run_page import percent_whole
 from .settings import command_of, differing, preset_of, shown
 
 BY_DEFAULT = "eval/student_nll"
