@@ -41,7 +41,7 @@ def prepare_overrides(overrides: Sequence[str], folders: Sequence[Path], sweep: 
     prepared, problems = [], []
     for text in overrides:
         try:
-            override = parser.parse_override(text)
+            override = parser.parse_override(text if not _is_path(text) else _as_text(*text.split("=", 1)))
         except HydraException:
             problems.append(_unreadable(text))
             continue
@@ -61,10 +61,20 @@ def _unreadable(text: str) -> Problem:
     return Problem(key, f"cannot read '{value}'", f"Quote a text of special characters: {_quoted(key, value)}.")
 
 
+def _is_path(text: str) -> bool:
+    """Whether a value is a path with `=` in it, as the folders of runs have: `model=runs/seed=1`. Hydra wants it quoted."""
+    return re.fullmatch(r"\+{0,2}[\w.]+=[\w.~+-]*/[\w./~+-]*=[\w./~+=-]*", text) is not None
+
+
+def _as_text(key: str, value: str) -> str:
+    """As Hydra takes a text of any characters."""
+    text = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'{key}="{text}"'
+
+
 def _quoted(key: str, value: str) -> str:
     """As a shell takes it, and Hydra after the shell."""
-    text = value.replace("\\", "\\\\").replace('"', '\\"')
-    return shlex.quote(f'{key}="{text}"')
+    return shlex.quote(_as_text(key, value))
 
 
 def _problems(override: Override, folders: Sequence[Path], sweep: bool) -> Iterator[Problem]:

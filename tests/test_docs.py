@@ -94,6 +94,9 @@ def check_python(arguments: Command) -> None:
         check_script(arguments)
     elif arguments[1] in ("venv", "pytest", "pip"):
         assert arguments[1] != "pip" or check_pip(arguments[2:]) is None
+    elif arguments[1].startswith("tests."):
+        module = ROOT / arguments[1].replace(".", "/")
+        check_flags(module / "__main__.py" if module.is_dir() else module.with_suffix(".py"), arguments[2:])
     else:
         package, _, verb = arguments[1].partition(".")
         assert package == "mini_distill", arguments

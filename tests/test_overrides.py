@@ -59,6 +59,13 @@ def test_the_quoting_that_is_proposed_gives_the_path_that_was_meant(path: str, t
             load_config(["data=text", override])
 
 
+def test_the_folder_of_a_run_can_be_typed_as_it_stands() -> None:
+    """`runs/seed=1` is what a run with that override is called, and Hydra's grammar has no `=` within a value."""
+    folder = "runs/control=true+seed=0"
+    assert load_config([f"output_dir={folder}-again"]).output_dir == f"{folder}-again"
+    assert prepare_overrides([f"+student.path={folder}"], [config_dir()]) == [f'++student.path="{folder}"']
+
+
 def test_overrides_of_hydra_itself_pass_unchanged() -> None:
     overrides = ["hydra.verbose=true", "hydra/launcher=basic", "~objective.divergence_options.jsd_beta"]
     assert prepare_overrides(overrides, [config_dir()]) == overrides
