@@ -1,0 +1,1 @@
+"""What `python -m mini_distill.doctor` looks at: the user's own rows, models and loss."""
