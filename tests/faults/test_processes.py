@@ -164,7 +164,7 @@ class BadSink(tracking.Sink):
 
 
 @pytest.mark.parametrize("hangs", [False, True], ids=["raising", "hanging"])
-@pytest.mark.parametrize("where", ["open", "log", "close"])
+@pytest.mark.parametrize("where", ["log", pytest.param("open", marks=pytest.mark.slow), pytest.param("close", marks=pytest.mark.slow)])
 def test_a_run_with_a_bad_tracker_ends_as_without(
     where: str, hangs: bool, twins: Twins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -210,7 +210,10 @@ def test_a_clock_that_is_set_back_changes_nothing(twins: Twins, tmp_path: Path) 
     record("clock set back", injected=1, fired=1, exact=1)
 
 
-@pytest.mark.parametrize("name", ["with space", "ünïcödé-模型", "semi;colon&'quotes'", "-dash", "per%cent {braces}", "dots..", "new\nline"])
+ODD = ["ünïcödé-模型 with space", "semi;colon&'quotes'", "-dash", "per%cent {braces}", "dots..", "new\nline"]
+
+
+@pytest.mark.parametrize("name", [ODD[0], *(pytest.param(name, marks=pytest.mark.slow) for name in ODD[1:])])
 def test_odd_names_of_the_output_folder_are_names_like_others(name: str, twins: Twins, tmp_path: Path) -> None:
     run(twins.command("plain"), tmp_path / name)
     assert digest_run(tmp_path / name) == twins.digest("plain")

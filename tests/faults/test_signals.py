@@ -125,7 +125,7 @@ PLACES: dict[str, Callable[[], tuple[Any, str, int]]] = {
 
 
 @forks
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("place", PLACES)
 def test_a_signal_anywhere_is_answered_and_the_same_command_ends_as_undisturbed(
     place: str, number: signal.Signals, twins: Twins, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -151,7 +151,7 @@ def twice() -> None:
 
 
 @forks
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", [pytest.param(place, marks=[] if place == "save" else pytest.mark.slow) for place in PLACES])
 def test_a_second_ctrl_c_stops_at_once_and_harms_nothing(place: str, twins: Twins, tmp_path: Path) -> None:
     command, folder = twins.command("evaluation"), tmp_path / "run"
 
