@@ -202,7 +202,7 @@ def naming_the_process() -> Iterator[None]:
             raise
         steps = [note for note in getattr(error, "__notes__", []) if note.startswith("step ")]
         where = ", ".join([f"rank {os.environ.get('RANK', '0')}", *steps])
-        if isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error):  # of a CPU: a plain RuntimeError, of many wordings
+        if isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error):  # gloo has no class for it
             raise DistributedError(where, "another process of the group is gone", "Its own line says why, if it was not killed.") from error
         traceback.print_exc()
         raise DistributedError(where, f"{type(error).__name__}: {error}", "The traceback stands above.") from error
