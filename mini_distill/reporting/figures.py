@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..evaluation.table import COLUMNS, ROWS, count, decimals, percent
+from ..storage import size_text
 from .measured import Measured, finite
 
 MODELS = ("teacher", "student")
@@ -92,6 +93,7 @@ BY_ENDING: tuple[tuple[tuple[str, ...], Callable[[float], str]], ...] = (
     (("_nll", "_kl", "_bits_per_byte", "rank_correlation"), decimals(3)),
     (("_seconds", "_time_to_first_token", "train/seconds"), seconds),
     (("_parameters", "tokens_seen", "/tokens"), count),
+    (("_bytes",), size_text),
 )
 
 
@@ -100,6 +102,8 @@ def text_of(key: str, value: float) -> str:
     for row in ROWS:
         if key in row.keys and "time_to_first_token" not in key:
             return row.text(value)
+    if "tokens_per_second" in key:  # also at a batch size
+        return decimals(0)(value)
     for endings, text in BY_ENDING:
         if key.endswith(endings):
             return text(value)

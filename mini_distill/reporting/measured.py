@@ -205,11 +205,16 @@ def _samples(value: Any) -> bool:
     return _objects_with()(value) and all(isinstance(sample.get("continuations"), dict) for sample in value)
 
 
+def _tasks(value: Any) -> bool:
+    return isinstance(value, dict) and _objects_with("groups")(list(value.values()))
+
+
 SHAPES: Mapping[str, Shape] = {
     "reliability": _by_name,
     "slices": _by_name,
     "differences": _objects_with("tokens"),
     "samples": _samples,
+    "tasks": _tasks,
 }
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..compare import has_teacher_signal, objective_text
-from ..evaluation.table import percent
+from ..evaluation.table import count, percent
 from .charts import Chart, Drawing, Series, draw, thinned
 from .figures import MODELS, Cell, Figure, Table, count_text, factor, figure, percent_whole, ratio, signed_free, text_of, times
-from .measured import Measured
+from .measured import Measured, finite
 
 FEWEST_POINTS = 2
 
@@ -190,17 +190,36 @@ def _by_model(found: Measured, family: str, caption: str, label: Any) -> Table |
 
 def tasks(found: Measured) -> Table | None:
     """What the models got on each task and each group of it: `task/<name>/<model>`, `task/<name>/<group>/<model>`."""
-    names = dict.fromkeys(key.rpartition("/")[0] for key in found.summary if key.startswith("task/") and key.rpartition("/")[2] in MODELS)
+    names = sorted({key.rpartition("/")[0] for key in found.summary if key.startswith("task/") and key.rpartition("/")[2] in MODELS})
+    about = _about_tasks(found)
     rows: list[list[Cell]] = []
     for name in names:
         teacher, student = (_with_error(found, f"{name}/{model}") for model in MODELS)
-        difference = None
-        if teacher and student and teacher.value is not None and student.value is not None:
-            shift = student.value - teacher.value
-            text = f"{100 * shift:+.1f} points".replace("-", "−") if {teacher.text[-1], student.text[-1]} == {"%"} else f"{shift:+.3g}"
-            difference = Figure(text, f"{name}/student {name}/teacher", shift)
-        rows.append([name.removeprefix("task/").replace("/", " / "), figure(found, f"{name}/items"), teacher, student, difference])
+        kind, items = about.get(name, ("", None))
+        label = f"{name.removeprefix('task/').replace('/', ' / ')}{f' ({kind})' if kind else ''}"
+        rows.append([label, figure(found, f"{name}/items") or items, teacher, student, _difference(name, teacher, student)])
     return Table("± is the standard error over items", ["task", "items", *MODELS, "difference"], rows) if rows else None
+
+
+def _difference(name: str, teacher: Figure | None, student: Figure | None) -> Figure | None:
+    if teacher is None or student is None or teacher.value is None or student.value is None:
+        return None
+    shift = student.value - teacher.value
+    text = f"{100 * shift:+.1f} points" if teacher.text.endswith("%") and student.text.endswith("%") else f"{shift:+.3g}"
+    return Figure(text.replace("-", "−"), f"{name}/student {name}/teacher", shift)
+
+
+def _about_tasks(found: Measured) -> dict[str, tuple[str, Figure | None]]:
+    """What details.json has of a task and of its groups, by the key in the summary: the kind, and the number of items of a group."""
+    about: dict[str, tuple[str, Figure | None]] = {}
+    for name, task in found.details.get("tasks", {}).items():
+        key = f"task/{name.replace('/', '-')}"
+        about[key] = (str(task.get("kind", "")), None)
+        for group in task["groups"]:
+            items, label = finite(group.get("items")), str(group.get("label", "")).replace("/", "-")
+            shown = None if items is None else Figure(count(items), f"tasks/{name}/{group.get('label', '')}/items", items)
+            about[f"{key}/{label}"] = ("", shown)
+    return about
 
 
 def _with_error(found: Measured, key: str) -> Figure | None:

@@ -117,6 +117,8 @@ def sources(folder: Path) -> dict[str, float]:
         found[f"differences/{i}/forward_kl"] = entry["forward_kl"]
         for j, token in enumerate(entry["tokens"]):
             found |= {f"differences/{i}/tokens/{j}/{key}": value for key, value in token.items()}
+    for name, task in look["tasks"].items():
+        found |= {f"tasks/{name}/{group['label']}/items": group["items"] for group in task["groups"]}
     return found
 
 

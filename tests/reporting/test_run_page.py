@@ -78,7 +78,9 @@ def test_the_teachers_level_is_beside_the_held_out_loss(tmp_path: Path) -> None:
 def test_tasks_have_both_models_their_difference_and_their_standard_error(tmp_path: Path) -> None:
     more = summary(3.5, 8) | {"task/blimp/items": 100.0, "task/blimp/student_standard_error": 0.043}
     table = tasks(open_measured(write_run(tmp_path / "run", summary=more)))
-    assert table is not None and table.rows[0][0] == "blimp" and table.rows[1][0] == "blimp / agreement"
+    assert table is not None and table.rows[0][0] == "blimp (accuracy)" and table.rows[1][0] == "blimp / agreement"
+    of_group = table.rows[1][1]
+    assert isinstance(of_group, Figure) and of_group.value == 40
     items, teacher, student, difference = (cell for cell in table.rows[0][1:] if isinstance(cell, Figure))
     assert (items.text, teacher.text, student.text, student.spread, difference.text) == ("100", "85.0 %", "75.0 %", "± 4.3", "−10.0 points")
 
@@ -112,6 +114,7 @@ def test_an_evaluation_alone_needs_no_configuration(tmp_path: Path) -> None:
 def test_numbers_are_written_as_suits_them() -> None:
     assert [seconds(value) for value in (0.0123, 3.24, 600, 36000)] == ["12.3 ms", "3.24 s", "10 min", "10 h"]
     assert text_of("perf/student_time_to_first_token", 0.0123) == "12.3 ms"
-    assert text_of("model/student_file_bytes", 6.28e6) == "6.28 MB"
+    assert text_of("model/student_file_bytes", 6.28e6) == text_of("model/student_weight_bytes", 6.28e6) == "6.28 MB"
+    assert text_of("perf/student_generation_tokens_per_second_batch8", 159.7) == "160"
     assert text_of("control/gap_closed", 0.286) == "28.6 %"
     assert text_of("unheard/of", 0.00012) == "1.200e-04" and text_of("unheard/of", 1234.5) == "1,234"
