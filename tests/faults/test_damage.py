@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -89,7 +90,7 @@ def use_cache(data: Any, folder: Path) -> str:
 
 def use_tokens(command: list[str], folder: Path) -> str:
     """As a run reads them; they are made again where they are damaged."""
-    config = checked(tuple(command))
+    config = copy.deepcopy(checked(tuple(command)))
     config.data.cache_dir = str(folder)
     prepared = prepare_data(config.data, load_tokenizer(str(config.teacher.path)), show_progress=False)
     assert prepared.held_out is not None
