@@ -234,7 +234,8 @@ def shrunk_for(verb: str, overrides: list[str], shrunk: list[str]) -> list[str]:
         small = ["evaluation.speed=false", "evaluation.num_samples=0"]
     elif "output_dir" not in " ".join(overrides) and verb == "train":
         small = [*small, f"output_dir='runs/{cli.run_name(overrides)}'"]
-    return [text for text in small if text.partition("=")[0] not in {given.partition("=")[0] for given in overrides}]
+    given = {text.partition("=")[0] for text in overrides} - {"trainer.max_steps", "trainer.eval_every"}  # the last one counts
+    return [text for text in small if text.partition("=")[0] not in given]
 
 
 @pytest.mark.parametrize("block", blocks("python"), ids=str)
