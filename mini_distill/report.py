@@ -18,14 +18,14 @@ from .errors import ConfigError, MiniDistillError
 from .reporting.measured import Measured, check_something_is_measured, open_measured
 from .reporting.page import page_of_run, page_of_several, page_of_sweep
 from .reporting.sweep import is_sweep, open_sweep, runs_below
-from .storage import atomic_write_text
+from .storage import atomic_write_text, storage_errors
 
 
-def report(paths: Sequence[Path | str], output: Path | str | None = None, metric: str | None = None) -> Path:
+def report(paths: Sequence[Path | str] | Path | str, output: Path | str | None = None, metric: str | None = None) -> Path:
     """Write the page.
 
     Args:
-        paths: Folders of runs or evaluations, or a sweep's folder, which holds runs.
+        paths: Folders of runs or evaluations, or a sweep's folder, which holds runs; one alone need not be a list.
         output: The file; None: `report.html` in the folder, or where there are several in the current one.
         metric: Of summary.json, by which the runs of a sweep are ranked; None: `eval/student_nll`.
 
@@ -36,10 +36,11 @@ def report(paths: Sequence[Path | str], output: Path | str | None = None, metric
         ConfigError: a folder is not there, is none of these, or has nothing to show yet; or no run of a sweep has the metric.
         StorageError: a file of a folder is damaged, or the page cannot be written.
     """
-    folders = [Path(path).expanduser() for path in paths]
+    folders = [Path(path).expanduser() for path in ([paths] if isinstance(paths, str | Path) else paths)]
     if not folders:
         raise ConfigError("folder", "none was given", "Give the output_dir of a run.")
-    page = _page(folders, metric)
+    with storage_errors(", ".join(map(str, folders)), "read"):
+        page = _page(folders, metric)
     file = Path(output).expanduser() if output is not None else (folders[0] if len(folders) == 1 else Path()) / "report.html"
     if file.is_dir():
         raise ConfigError("--output", f"'{file}' is a folder, expected a file", f"Give {file / 'report.html'}.")
@@ -87,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 class CallableReport(ModuleType):
     """The module `mini_distill.report`, which Python also binds to the package's name `report`: so that can be called, too."""
 
-    def __call__(self, paths: Sequence[Path | str], output: Path | str | None = None, metric: str | None = None) -> Path:
+    def __call__(self, paths: Sequence[Path | str] | Path | str, output: Path | str | None = None, metric: str | None = None) -> Path:
         """As `report`."""
         return report(paths, output, metric)
 

@@ -40,7 +40,7 @@ def test_several_folders_are_beside_each_other_in_the_current_one(tmp_path: Path
 
 def test_from_python_and_from_a_run(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
-    assert md.load_run(run).report(tmp_path / "one.html").read_bytes() == md.report([run]).read_bytes()
+    assert md.load_run(run).report(tmp_path / "one.html").read_bytes() == md.report(run).read_bytes() == md.report([str(run)]).read_bytes()
 
 
 def test_a_report_needs_no_torch(tmp_path: Path) -> None:
@@ -99,6 +99,11 @@ def test_a_run_without_a_figure_is_refused_with_its_reason(tmp_path: Path, capsy
     (run / "metrics.jsonl").write_text("")
     code, line = error_of(run, capsys=capsys)
     assert code == 2 and "nothing has been logged yet (the run is failed: data.path: no such file.)" in line
+
+
+def test_what_the_file_system_refuses_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    code, line = error_of("x" * 5000, capsys=capsys)
+    assert code == 6 and line.startswith("error: xxx") and "cannot read: File name too long" in line
 
 
 def test_a_metric_without_a_sweep_and_a_folder_as_output_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from ..compare import NOT_COMPARED, gap_closed, has_teacher_signal, interval
-from .charts import Chart, Drawing, Series, draw, thinned
+from .charts import MOST_POINTS, Chart, Drawing, Series, draw, thinned
 from .figures import Cell, Figure, Numbered, Table, count_text, factor, figure, percent_whole, signed_free, text_of
 from .measured import Measured, leaves
 from .run_page import CURVES, FEWEST_POINTS, has_objective
 from .settings import WHERE_IT_RAN, differing, shown
 
 COLOURS = 8
+FEWER_POINTS = 40  # of a curve in grey, of which there may be hundreds
 QUALITY = "eval/student_perplexity"
 SAME_TEXT = ("data.num_workers", "data.cache_dir", "data.on_bad_row")
 CLOSE = 1.05
@@ -239,7 +240,7 @@ def overlaid(groups: Sequence[Group]) -> list[Drawing]:
         series = []
         for group in groups:
             for member in group.members:
-                points, _ = thinned(member.curve(key))
+                points, _ = thinned(member.curve(key), MOST_POINTS if group.number <= COLOURS else FEWER_POINTS)
                 if len(points) >= FEWEST_POINTS:
                     name = str(group.number) if group.number <= COLOURS else "others"
                     series.append(Series(name, points, group.style, marks=False))

@@ -117,6 +117,12 @@ def test_the_page_has_the_command_of_the_best(sweep: Path) -> None:
     assert f'<code class="command">{command}</code>' in report([sweep]).read_text(encoding="utf-8")
 
 
+def test_the_page_of_many_runs_stays_small(tmp_path: Path) -> None:
+    for i in range(60):
+        write_run(tmp_path / "sweep" / str(i), f"trainer.learning_rate={0.001 * (i + 1):g}", nll=3 + i / 100, steps=300, details=None)
+    assert report([tmp_path / "sweep"]).stat().st_size < 500_000
+
+
 def test_a_sweep_beside_another_run_is_taken_apart(sweep: Path, tmp_path: Path) -> None:
     other = write_run(tmp_path / "other", "objective=jsd")
     assert "5 runs" in report([sweep, other, other], tmp_path / "page.html").read_text(encoding="utf-8")
