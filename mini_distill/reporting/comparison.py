@@ -200,10 +200,12 @@ AGAINST = (
 def trade_offs(groups: Sequence[Group]) -> list[Drawing]:
     """Held-out perplexity against what a model costs; the teacher among the students.
 
-    Times are over the teacher's of the same run where it was timed, since machines are not equally busy on all days.
+    Times are over the teacher's of the same run where it was timed, since machines are not equally busy on all days. Students of one size
+    cost the same, whatever was timed: of them nothing is drawn.
     """
     drawn = []
-    for title, unit, template in AGAINST:
+    alike = len({group.mean("model/student_parameters") for group in groups}) == 1
+    for title, unit, template in AGAINST[: 0 if alike else None]:
         key, own = template.format("student"), template.format("teacher")
         relative = key.startswith("perf/") and all(member.value(own) for group in groups for member in group.members)
         spots = [(group, _cost(group, key, own if relative else None), group.mean(QUALITY)) for group in groups]
@@ -217,7 +219,8 @@ def trade_offs(groups: Sequence[Group]) -> list[Drawing]:
             series.append(Series("teacher", [(x, y)], "teacher", line=False, marks=True, labels=["teacher"]))
         label = f"{unit} ÷ the teacher's" if relative else unit
         keys = f"{key} {own} {QUALITY}" if relative else f"{key} {QUALITY}"
-        drawn.append(draw(Chart(title, label, "perplexity", series, keys, logarithmic=True, x_text=text, labelled=True)))
+        x_text = signed_free if relative else text
+        drawn.append(draw(Chart(title, label, "perplexity", series, keys, logarithmic=True, x_text=x_text, labelled=True)))
     return drawn
 
 

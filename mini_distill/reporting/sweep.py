@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -99,6 +99,14 @@ def runs_below(folder: Path) -> list[Path]:
     return found
 
 
+def _never_began(folder: Path) -> Iterator[Missing]:
+    """Jobs that ended before they were runs: folders with a log that says why."""
+    inner = [path for path in sorted(folder.rglob("*.log")) if not any(map(is_measured, path.parents))]
+    for path in dict.fromkeys(log.parent for log in inner):
+        if why := _error_in_logs(path):
+            yield Missing(str(path.relative_to(folder)), "failed", why)
+
+
 def is_sweep(path: Path) -> bool:
     """Whether a folder is no run and holds runs."""
     return path.is_dir() and not is_measured(path) and bool(runs_below(path))
@@ -115,7 +123,7 @@ def open_sweep(path: Path, metric: str | None = None) -> Sweep:
         ConfigError: no run has the metric.
     """
     key = metric or BY_DEFAULT
-    runs, missing = [], []
+    runs, missing = [], list(_never_began(path))
     for folder in runs_below(path):
         name = str(folder.relative_to(path))
         try:

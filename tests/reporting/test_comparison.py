@@ -82,6 +82,18 @@ def test_quality_is_set_against_costs_that_differ(tmp_path: Path) -> None:
     assert sorted(mark.label for mark in drawn[0].marks) == ["1", "2", "teacher"]
 
 
+def test_of_students_of_one_size_no_costs_are_drawn(tmp_path: Path) -> None:
+    slow = write_run(tmp_path / "slow", "objective=jsd", summary=summary(3.0, 8) | {"perf/student_tokens_per_second": 900.0})
+    assert trade_offs(grouped(open_all(slow, write_run(tmp_path / "quick")))) == []
+
+
+def test_times_are_over_the_teachers_of_the_same_run(tmp_path: Path) -> None:
+    busy = {key: value / 2 for key, value in summary(3.0, 8).items() if key.endswith("_tokens_per_second")}  # a machine with other work
+    small = write_run(tmp_path / "small", "student=mini_2m")
+    large = write_run(tmp_path / "large", "student=mini_15m", summary=summary(3.0, 8) | busy | {"model/student_parameters": 15_000_000})
+    assert [drawing.chart.title for drawing in trade_offs(grouped(open_all(small, large)))] == ["Quality against size"]
+
+
 def test_runs_beyond_the_eighth_share_a_colour(tmp_path: Path) -> None:
     groups = grouped(open_all(*(write_run(tmp_path / f"{i}", f"objective.temperature={i + 1}") for i in range(10))))
     assert [group.style for group in groups] == [*(f"run{i}" for i in range(8)), "other", "other"]

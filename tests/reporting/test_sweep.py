@@ -82,12 +82,16 @@ def test_failed_damaged_and_unfinished_jobs_are_listed_with_their_reason(sweep: 
     (sweep / "damaged" / "summary.json").write_text("{")
     early = write_run(sweep / "early", summary=None, status=status(0, "failed"))
     (early / "job.log").write_text("step 1\nerror: teacher.path: not there.\n")
+    (sweep / "never").mkdir()
+    (sweep / "never" / "train.log").write_text("error: data.path: no such folder.\n")
+    (sweep / "sweep.log").write_text("12 jobs\n")
     write_run(sweep / "other", summary={"eval/forward_kl": 0.5})
     missing = {entry.name: (entry.state, entry.why) for entry in open_sweep(sweep).missing}
     assert missing["failed"] == ("failed", "data.path: no such file.")
     assert missing["going"] == ("running", "at step 4 of 40")
     assert missing["damaged"][0] == "damaged" and "summary.json:1: not JSON" in missing["damaged"][1]
     assert missing["early"] == ("failed", "teacher.path: not there.")
+    assert missing["never"] == ("failed", "data.path: no such folder.") and len(missing) == 6
     assert missing["other"] == ("finished", "no 'eval/student_nll' in its summary")
     assert len(open_sweep(sweep).groups) == 4
 
