@@ -51,7 +51,7 @@ def killed_again_and_again(kind: str, kills: int, twins: Twins, folder: Path, se
     run(command, folder)
     assert steps_of(folder) == sorted(set(steps_of(folder)))
     exact = digest_run(folder) == wanted
-    record("kill -9 at random moments", injected=kills, fired=fired, exact=fired * exact, configurations=1)
+    record("kill -9 at random moments", injected=kills, fired=fired, exact=fired * exact)
     assert exact and done_again <= save_every, (done_again, save_every)
 
 
