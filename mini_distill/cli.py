@@ -6,6 +6,7 @@ import importlib
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 CONTRACTS = {"contract": Config, "cache_contract": CacheCommand, "evaluate_contract": EvaluateCommand, "plan_contract": PlanCommand}
 """The settings of each verb by the name under which its YAML file takes their defaults."""
 
+SWEEP_DIR = "hydra.sweep.dir="
 RESULTS = {Config: "runs", EvaluateCommand: "evaluations"}
 """Where what comes out of a verb goes when `output_dir` is not given."""
 
@@ -44,16 +46,18 @@ def run_command(task: str, config_name: str = "train", schema: type = Config) ->
     the exit code (0 finished, 2 configuration, 3 data, …; of a sweep, the highest of its jobs).
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us whole, instead of being printed by Hydra
-    exit_codes = [0]
+    exit_codes, started = [0], time.time()
 
     def job(composed: DictConfig) -> None:
-        exit_codes.append(run_job(task, composed, schema))
+        exit_codes.append(run_job(task, composed, schema, folders))
         if exit_codes[-1] in (130, 143):
             sys.exit(exit_codes[-1])  # who stops a job does not want the sweep's next one to start
 
     try:
         sys.argv[1:], folders = _prepare_arguments(sys.argv[1:])
         _hydra_main(job, config_name, folders)
+        if (sweep := next((text.partition("=")[2] for text in sys.argv if text.startswith(SWEEP_DIR)), None)) is not None:
+            exit_codes.append(_exit_code_of_sweep(Path(sweep.strip('"')), started))
     except MiniDistillError as error:
         exit_codes.append(report(error))
     except KeyboardInterrupt:
@@ -62,9 +66,11 @@ def run_command(task: str, config_name: str = "train", schema: type = Config) ->
     sys.exit(max(exit_codes))
 
 
-def run_job(task: str, composed: DictConfig, schema: type = Config) -> int:
+def run_job(task: str, composed: DictConfig, schema: type = Config, folders: Sequence[Path] = ()) -> int:
     """One job of a command line or of a sweep: its exit code. Our own bugs are 1, with their traceback."""
     try:
+        if (sweep := _sweep_folder()) is not None and schema is Config:
+            return _run_job_of_sweep(sweep, composed, folders)
         config = _checked(composed, _job_overrides, schema)
         module, function = task.split(":")
         getattr(importlib.import_module(module), function)(config)
@@ -76,6 +82,35 @@ def run_job(task: str, composed: DictConfig, schema: type = Config) -> int:
     except Exception:
         traceback.print_exc()
         return 1
+
+
+def _run_job_of_sweep(sweep: Path, composed: DictConfig, folders: Sequence[Path]) -> int:
+    from hydra.core.hydra_config import HydraConfig
+
+    from .sweep import run_as_job
+
+    overrides, hydra = _job_overrides(), HydraConfig.get()
+    if composed.get("output_dir") is None:
+        composed["output_dir"] = str(sweep / run_name(overrides))
+    config = _checked(composed, lambda: overrides, Config)
+    flags = [argument for folder in folders if folder != config_dir() for argument in ("--config-dir", str(folder))]
+    return run_as_job(config, overrides, hydra.job.num, int(hydra.launcher.get("n_jobs") or 1), flags)
+
+
+def _sweep_folder() -> Path | None:
+    """Of the sweep that is going on, if one is."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return None
+    return Path(HydraConfig.get().sweep.dir)
+
+
+def _exit_code_of_sweep(sweep: Path, started: float) -> int:
+    from .sweep import exit_code_of
+
+    return exit_code_of(sweep, started)
 
 
 def load_config(overrides: Sequence[str] = (), config_name: str = "train", schema: type = Config) -> Any:
@@ -151,7 +186,10 @@ def _prepare_arguments(arguments: list[str]) -> tuple[list[str], list[Path]]:
     folders = [config_dir(), *_user_folders(given.config_dir)]
     if given.shell_completion:
         return arguments, folders
-    return [*prepare_overrides(given.overrides, folders, sweep=given.multirun), *flags], folders
+    overrides = prepare_overrides(given.overrides, folders, sweep=given.multirun)
+    if given.multirun and not any(text.startswith(SWEEP_DIR) for text in overrides):
+        overrides.append(f'{SWEEP_DIR}"multirun/{run_name(overrides)}"')  # the same command finds its sweep again
+    return [*overrides, *flags], folders
 
 
 def _refuse_arguments(message: str) -> NoReturn:

@@ -128,7 +128,7 @@ def _add_or_override(override: Override, folders: Sequence[Path]) -> str:
     if override.is_delete() or key.startswith(("hydra.", "hydra/")):
         return text
     if _is_group(key, folders):
-        return text.lstrip("+") if key in (*GROUPS, "experiment") else text  # the defaults list has chosen these already
+        return text.lstrip("+") if key in (*GROUPS, "experiment", "sweep") else text  # the defaults list has chosen these already
     return "++" + text.lstrip("+")
 
 

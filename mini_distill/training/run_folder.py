@@ -22,6 +22,8 @@ from ..folder_lock import LOCK, FolderLock
 from ..redaction import redact, redact_text
 from ..storage import atomic_write_text, check_writable, free_name, remove_stale_temporaries, storage_errors
 
+JOB_LOG = "job.log"
+"""What a job of a sweep printed; it is there before the run is."""
 STATES = ("running", "finished", "preempted", "failed")
 SECONDS_BETWEEN_UPDATES = 30.0
 
@@ -228,7 +230,7 @@ def _entries(path: Path) -> list[str]:
     """What stands in a folder, leaving out our own lock and temporaries and what a fresh disk holds."""
     with storage_errors(path, "read the folder"):
         names = sorted(entry.name for entry in path.iterdir())
-    return [name for name in names if name not in (LOCK, "lost+found") and not name.startswith((".tmp-", ".old-"))]
+    return [name for name in names if name not in (LOCK, JOB_LOG, "lost+found") and not name.startswith((".tmp-", ".old-"))]
 
 
 def _is_run(path: Path) -> bool:

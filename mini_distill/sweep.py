@@ -1,0 +1,154 @@
+"""A sweep (`-m`): each job a process and a folder of its own, what is finished is left alone, what fails does not sink the rest.
+
+    multirun/<the command's overrides>/
+      <the job's overrides>/   an ordinary run, with job.log: what it printed
+      jobs.jsonl               a line for each job that ended: overrides, folder, exit code, seconds, error
+
+The same command again runs what is missing: a killed job goes on from its checkpoint, a failed one is tried again, a finished one with the
+same settings is left alone. (Data that changed in between is noticed when a job is run, not when it is left alone.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .config import Config
+from .redaction import redact
+from .storage import storage_errors
+from .training.run_folder import JOB_LOG
+
+JOBS = "jobs.jsonl"
+STOPPED = (130, 143)
+
+
+def run_as_job(config: Config, overrides: Sequence[str], number: int, num_at_once: int, flags: Sequence[str] = ()) -> int:
+    """Train in a process of its own, unless it is done, and give the exit code.
+
+    Args:
+        config: The job's settings, checked; `output_dir` is its folder.
+        overrides: As Hydra was given them.
+        number: Of the job, from 0.
+        num_at_once: Jobs that run beside it and share the processor.
+        flags: Further arguments of the command, such as `--config-dir`.
+    """
+    folder = Path(str(config.output_dir))
+    name = f"[job {number}] {folder.name}"
+    if is_finished(folder, config):
+        print(f"{name}: already finished{_result(folder, config)}", flush=True)
+        return 0
+    print(f"{name}: running, see {folder / JOB_LOG}", flush=True)
+    started = time.perf_counter()
+    command = [sys.executable, "-m", "mini_distill.train", *overrides, f"output_dir={_quoted(folder)}", *flags]
+    code = _run(command, folder / JOB_LOG, _environment(config, num_at_once))
+    seconds = time.perf_counter() - started
+    error = _last_line(folder / JOB_LOG) if code else ""
+    _note(
+        folder.parent / JOBS,
+        {"job": number, "overrides": list(overrides), "folder": folder.name, "exit_code": code, "seconds": seconds, "error": error},
+    )
+    print(
+        f"{name}: " + (f"failed ({_ending(code)}) {error}" if code else f"finished in {seconds:.0f} s{_result(folder, config)}"), flush=True
+    )
+    return code if code >= 0 else 128 - code
+
+
+def is_finished(folder: Path, config: Config) -> bool:
+    """Whether a run with exactly these settings has finished there."""
+    try:
+        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+        settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return status.get("state") == "finished" and summary.get("train/steps") == config.trainer.max_steps and settings == _plain(config)
+
+
+def exit_code_of(sweep: Path, since: float) -> int:
+    """The highest exit code of the jobs that have ended since a moment; jobs may run in other processes than the one that asks."""
+    file = sweep / JOBS
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    codes = [entry["exit_code"] for entry in map(json.loads, lines) if entry["ended"] >= since]
+    return max((code if code >= 0 else 128 - code for code in codes), default=0)
+
+
+def _plain(config: Config) -> Any:
+    """As `config.yaml` has it."""
+    return yaml.safe_load(yaml.safe_dump(redact(dataclasses.asdict(config)), allow_unicode=True))
+
+
+def _run(command: list[str], log: Path, environment: dict[str, str]) -> int:
+    """Run to the end, whatever it prints into the log; who stops the sweep stops the job, which saves first."""
+    with storage_errors(log, "write the log of the job"):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        file = log.open("ab")
+    settings: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "env": environment, "start_new_session": True}
+    with file, subprocess.Popen(command, stdout=file, **settings) as job, _passing_on_signals(job):
+        return job.wait()
+
+
+@contextmanager
+def _passing_on_signals(job: subprocess.Popen[bytes]) -> Iterator[None]:
+    """SIGTERM and Ctrl-C reach the job, which is in a session of its own so that it gets each once."""
+
+    def pass_on(number: int, frame: Any) -> None:
+        job.send_signal(number)
+
+    try:
+        before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not the main thread of a launcher: it cannot be asked to stop
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _environment(config: Config, num_at_once: int) -> dict[str, str]:
+    """Jobs beside each other share the cores, unless somebody has said how."""
+    environment = dict(os.environ)
+    if num_at_once > 1 and config.trainer.num_threads is None and "OMP_NUM_THREADS" not in environment:
+        environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // num_at_once if hasattr(os, "sched_getaffinity") else 1))
+    return environment
+
+
+def _note(file: Path, entry: dict[str, Any]) -> None:
+    line = json.dumps({**entry, "ended": time.time()}, ensure_ascii=False) + "\n"
+    with storage_errors(file, "note the end of the job"), file.open("ab") as jobs:
+        jobs.write(line.encode())  # one write at the end of the file: lines of several jobs do not mix
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((line for line in reversed(lines) if line.startswith("error:")), lines[-1].strip() if lines else "")
+
+
+def _ending(code: int) -> str:
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def _result(folder: Path, config: Config) -> str:
+    try:
+        value = json.loads((folder / "summary.json").read_text(encoding="utf-8")).get(config.evaluation.best_metric)
+    except (OSError, ValueError):
+        value = None
+    return "" if value is None else f", {config.evaluation.best_metric} {value:.4g}"
+
+
+def _quoted(path: Path) -> str:
+    """As Hydra takes a text with any characters."""
+    text = str(path).replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{text}"'
