@@ -265,7 +265,11 @@ def test_examples_of_files_can_be_read(block: Block) -> None:
         for line in block.text.splitlines():
             json.loads(line)
     else:
-        build_config(yaml.safe_load(block.text))
+        settings = yaml.safe_load(block.text)
+        for key, values in settings.pop("hydra", {}).get("sweeper", {}).get("params", {}).items():
+            for value in str(values).split(","):
+                load_config([f"{key}={value}"])
+        build_config(settings)
 
 
 def test_links_and_images_lead_somewhere() -> None:
