@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from .config import CacheCommand, Config, EvaluateCommand, PlanCommand
 from .contract import build_config
 from .errors import ConfigError, MiniDistillError, Preempted
-from .overrides import missing_preset, prepare_overrides, run_name
+from .overrides import fixed_keys, missing_preset, prepare_overrides, run_name
 
 if TYPE_CHECKING:
     from hydra.errors import MissingConfigException
@@ -91,7 +91,8 @@ def _run_job_of_sweep(sweep: Path, composed: DictConfig, folders: Sequence[Path]
 
     overrides, hydra = _job_overrides(), HydraConfig.get()
     if composed.get("output_dir") is None:
-        composed["output_dir"] = str(sweep / run_name(overrides))
+        same = set(hydra.job.config.override_dirname.exclude_keys)
+        composed["output_dir"] = str(sweep / run_name([text for text in overrides if text.lstrip("+~").partition("=")[0] not in same]))
     config = _checked(composed, lambda: overrides, Config)
     flags = [argument for folder in folders if folder != config_dir() for argument in ("--config-dir", str(folder))]
     return run_as_job(config, overrides, hydra.job.num, int(hydra.launcher.get("n_jobs") or 1), flags)
@@ -188,7 +189,9 @@ def _prepare_arguments(arguments: list[str]) -> tuple[list[str], list[Path]]:
         return arguments, folders
     overrides = prepare_overrides(given.overrides, folders, sweep=given.multirun)
     if given.multirun and not any(text.startswith(SWEEP_DIR) for text in overrides):
+        fixed = ",".join(f'"{key}"' for key in fixed_keys(overrides))
         overrides.append(f'{SWEEP_DIR}"multirun/{run_name(overrides)}"')  # the same command finds its sweep again
+        overrides.append(f"hydra.job.config.override_dirname.exclude_keys=[{fixed}]")  # and its jobs, named after what is swept
     return [*overrides, *flags], folders
 
 

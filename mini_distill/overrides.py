@@ -52,6 +52,14 @@ def prepare_overrides(overrides: Sequence[str], folders: Sequence[Path], sweep: 
     return prepared
 
 
+def fixed_keys(overrides: Sequence[str]) -> list[str]:
+    """The keys that have one value in all jobs of a sweep, of overrides that `prepare_overrides` gave."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return [override.key_or_group for override in parsed if not override.is_sweep_override()]
+
+
 def _unreadable(text: str) -> Problem:
     key, equals, value = text.partition("=")
     if not equals or not key:

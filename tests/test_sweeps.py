@@ -46,6 +46,7 @@ def test_a_failed_job_does_not_sink_the_sweep_and_the_same_command_runs_what_is_
     (folder,) = (tmp_path / "multirun").iterdir()
     first, second = (json.loads(line) for line in (folder / "jobs.jsonl").read_text().splitlines())
     assert (first["exit_code"], second["exit_code"]) == (3, 0) and "bad.jsonl:1" in first["error"]
+    assert second["folder"].startswith("data.path=")  # named after what is swept
     lines = job_lines(ended.stdout)
     assert "failed (exit code 3) error: " in lines[1] and "eval/student_perplexity" in lines[3]
     assert json.loads((folder / second["folder"] / "status.json").read_text())["state"] == "finished"
