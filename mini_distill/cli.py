@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 CONTRACTS = {"contract": Config, "cache_contract": CacheCommand, "evaluate_contract": EvaluateCommand, "plan_contract": PlanCommand}
 """The settings of each verb by the name under which its YAML file takes their defaults."""
 
+TRAIN = "mini_distill.train:train"
+"""The verb whose sweeps have a process for each job; those of others run one after the other in this one."""
 SWEEP_DIR = "hydra.sweep.dir="
 RESULTS = {Config: "runs", EvaluateCommand: "evaluations"}
 """Where what comes out of a verb goes when `output_dir` is not given."""
@@ -69,7 +71,7 @@ def run_command(task: str, config_name: str = "train", schema: type = Config) ->
 def run_job(task: str, composed: DictConfig, schema: type = Config, folders: Sequence[Path] = ()) -> int:
     """One job of a command line or of a sweep: its exit code. Our own bugs are 1, with their traceback."""
     try:
-        if (sweep := _sweep_folder()) is not None and schema is Config:
+        if task == TRAIN and (sweep := _sweep_folder()) is not None:
             return _run_job_of_sweep(sweep, composed, folders)
         config = _checked(composed, _job_overrides, schema)
         module, function = task.split(":")
