@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -19,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-STEPS_PER_MINUTE = 600
+STEPS_PER_MINUTE = 1500
 """Of the run: about as many as it gets done between faults."""
 SETTINGS = "MINI_DISTILL_SOAK"
 """Minutes and seed, for the test that does the work: it has the tiny teacher and corpus."""
@@ -34,12 +36,14 @@ class Punisher:
         folder: The run's.
         seed: Of the faults.
         events: What was done, and how the run ended each time.
+        flipped: The checkpoints in which a bit was flipped.
     """
 
     train: Callable[[], object]
     folder: Path
     seed: int
     events: list[dict[str, Any]] = field(default_factory=list)
+    flipped: list[str] = field(default_factory=list)
 
     def punish(self, seconds: float) -> None:
         """Fault after fault, each drawn by lot, for so long or until the run has finished."""
@@ -66,9 +70,20 @@ class Punisher:
         return max([0, *checkpoint_steps(self.folder)])
 
     def counts(self) -> dict[str, int]:
-        """How often each fault was done, and how often it showed: the run did not end as if nothing had happened."""
+        """How many faults there were, and how many showed: the run ended early, or named the checkpoint with the bit and skipped it.
+
+        A fault that meets a run in its very last moments does not show.
+        """
         done = [event for event in self.events if event["event"] != "left alone"]
-        return {"injected": len(done), "fired": sum(event["code"] != 0 for event in done), "finished": int(self.finished)}
+        skipped = [name for name in self.flipped if name in self.skipped]
+        fired = sum(event["code"] != 0 for event in done) + len(skipped)
+        return {"injected": len(done) + len(self.flipped), "fired": fired, "flipped": len(self.flipped), "skipped": len(skipped)}
+
+    @property
+    def skipped(self) -> set[str]:
+        """The checkpoints that a run found damaged and passed over."""
+        text = self.folder.with_suffix(".log").read_text(errors="replace")
+        return set(re.findall(r"(step-\d{8}): damaged: .* is skipped", text))
 
     def _note(self, name: str, code: int, before: int) -> None:
         event = {"event": name, "code": code, "from_step": before, "to_step": self.newest}
@@ -81,6 +96,7 @@ class Punisher:
         with open(self.folder.with_suffix(".log"), "ab") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
+        logging.basicConfig(force=True)  # warnings to the descriptor above, not to the test's own handlers
         self.train()
 
     def _left_alone(self) -> int:
@@ -129,6 +145,7 @@ class Punisher:
             content = bytearray(file.read_bytes())
             content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
             file.write_bytes(content)
+            self.flipped.append(folders[-1].name)
         return self.signalled(draw, signal.SIGKILL)
 
 

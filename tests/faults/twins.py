@@ -26,7 +26,7 @@ KINDS: dict[str, list[str]] = {
     "jsd": [*KEEP_ALL, "objective=jsd", "trainer.schedule=wsd", "trainer.log_every=2"],
     "reverse KL at 2": ["objective=reverse_kl", "objective.temperature=2", "trainer.save_every=3"],
     "hidden states": ["objective=hidden_mse", "trainer.save_every=2"],
-    "no teacher": ["objective=ce", "trainer.save_every=2"],
+    "cross-entropy": ["objective=ce", "trainer.save_every=2"],
     "cached": ["cache:sampled", *SCRATCH, "trainer.save_every=2"],
     "cached hidden states": ["cache:hidden", *SCRATCH, "trainer.save_every=1", "data.num_workers=1"],
 }
