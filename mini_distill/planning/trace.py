@@ -174,7 +174,13 @@ def _attention_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Ten
     return 2 * query.shape[:-1].numel() * key.shape[-2] * (3 * query.shape[-1] + 2 * value.shape[-1])
 
 
+def _grouped(tokens: Tensor, experts: Tensor, *args: Any, **kwargs: Any) -> int:
+    """Each token with the matrix of one expert, in the forward pass; `(tokens, in)` and `(experts, in, out)`."""
+    return 2 * tokens.numel() * experts.shape[-1]
+
+
 FLOPS = {
+    aten._grouped_mm: _grouped,
     aten.addmm_: flop_registry[aten.addmm],
     aten.baddbmm_: flop_registry[aten.baddbmm],
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
