@@ -171,6 +171,11 @@ def test_time_at_given_rates_is_bound_by_arithmetic_or_memory(command: list[str]
     assert slow_memory.seconds(operation) == operation.num_bytes / 1e3
 
 
+def test_asking_a_tensor_for_its_device_takes_no_time(command: list[str]) -> None:
+    trace = needs_of(command).step
+    assert {operation.function.namespace for phase in trace.phases for operation in trace.operations(phase)} == {"aten"}
+
+
 def test_twice_the_rates_are_half_the_time(command: list[str]) -> None:
     needs, device = needs_of(command), torch.device("cpu")
     slow, fast = needs.seconds(device), replace(needs, config=load_config([*command, *DOUBLED], "plan", PlanCommand)).seconds(device)

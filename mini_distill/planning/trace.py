@@ -117,7 +117,7 @@ class Trace(TorchDispatchMode):
             for tensor in tree_leaves(result):
                 if isinstance(tensor, Tensor):
                     self._note_storage(tensor)
-        if not function.is_view and function not in FREE:
+        if not function.is_view and function not in FREE and function.namespace not in FREE_NAMESPACES:
             self._note_operation(function, args, kwargs, result)
         return result
 
@@ -156,6 +156,8 @@ class Trace(TorchDispatchMode):
 
 FREE = {aten.detach.default, aten._unsafe_view.default, aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default}
 """Operations that touch no element, besides views."""
+FREE_NAMESPACES = {"prim", "profiler"}
+"""Of operations that ask for a tensor's device, or note a time."""
 
 
 def _flops(function: Any, args: Any, kwargs: Any, result: Any) -> int:
