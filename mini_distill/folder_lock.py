@@ -76,9 +76,9 @@ class FolderLock:
 
     def _in_use(self, owner: dict[str, Any]) -> StorageError:
         what = f"in use by process {owner['pid']} on host {owner['host']} since {owner['started']}"
-        remedy = "Wait for it, stop it, or choose another output_dir."
+        remedy = "Wait for it, stop it, or choose another folder."
         if owner["host"] != this_host():
-            remedy = f"Choose another output_dir; or, if that process is gone, delete {self.file}."
+            remedy = f"Choose another folder; or, if that process is gone, delete {self.file}."
         return StorageError(str(self.file.parent), what, remedy)
 
     def _close(self) -> None:

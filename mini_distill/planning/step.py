@@ -52,7 +52,7 @@ def trace_step(models: Models, config: Config, batch_size: int, tokens: int, voc
         for parameter in student.parameters():
             parameter.grad = None
         if config.trainer.gradient_checkpointing:
-            student.gradient_checkpointing_enable({"use_reentrant": False})
+            student.activation_checkpointing_enable({"use_reentrant": False})
         optimizer = build_optimizer(student, config.trainer)
         with Trace() as trace:
             loss = _forward(models, config, batch_size, tokens, vocab_size, on_gpu, trace)

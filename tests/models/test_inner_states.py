@@ -259,7 +259,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(model: PreTrainedModel,
     model.train()
     states = InnerStates(model, ALL)
     expected = gradients(model, lambda: model(INPUT_IDS, use_cache=False).logits, states, backward_within=False)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     found = gradients(model, lambda: model(INPUT_IDS, use_cache=False).logits, states, backward_within=backward_within)
     assert len(expected) == len(found) == len(list(model.parameters()))
     for one, other in zip(expected, found, strict=True):
@@ -267,7 +267,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(model: PreTrainedModel,
 
 
 def test_recomputation_is_not_recorded(llama: PreTrainedModel) -> None:
-    llama.train().gradient_checkpointing_enable({"use_reentrant": False})
+    llama.train().activation_checkpointing_enable({"use_reentrant": False})
     with InnerStates(llama, ALL) as states:
         loss = llama(INPUT_IDS, use_cache=False).logits.sum() + inner_loss(states)
         before = {key: states[key] for key in ALL}
@@ -279,7 +279,7 @@ def test_recomputation_is_not_recorded(llama: PreTrainedModel) -> None:
 
 
 def test_reentrant_checkpointing_which_would_cut_the_graph_is_refused(llama: PreTrainedModel) -> None:
-    llama.train().gradient_checkpointing_enable({"use_reentrant": True})
+    llama.train().activation_checkpointing_enable({"use_reentrant": True})
     llama.enable_input_require_grads()
     with InnerStates(llama, [("query", 1)]), pytest.raises(RuntimeError, match="use_reentrant=False"):
         llama(INPUT_IDS, use_cache=False)
@@ -302,7 +302,7 @@ def test_a_model_wrapped_for_several_processes_is_watched_inside(llama: PreTrain
     states = InnerStates(llama, ALL)
     expected = gradients(llama, lambda: llama(INPUT_IDS, use_cache=False).logits, states, backward_within=True)
     if checkpointing:
-        llama.gradient_checkpointing_enable({"use_reentrant": False})
+        llama.activation_checkpointing_enable({"use_reentrant": False})
     wrapped = DistributedDataParallel(llama)
     found = gradients(wrapped, lambda: wrapped(INPUT_IDS, use_cache=False).logits, states, backward_within=True)
     for one, other in zip(expected, found, strict=True):
