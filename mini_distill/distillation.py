@@ -363,7 +363,7 @@ def check_vocabulary(model: PreTrainedModel | None, tokenizer: PreTrainedTokeniz
 def ready_to_train(language_model: LanguageModel, config: Config, accelerator: Accelerator) -> nn.Module:
     """The student as the processes call it."""
     if config.trainer.gradient_checkpointing:
-        language_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+        language_model.model.activation_checkpointing_enable({"use_reentrant": False})
     if config.trainer.compile:
         language_model.model.base_model.compile()  # in place: names in the state dict stay
     return accelerator.prepare_model(language_model)
