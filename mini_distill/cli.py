@@ -239,18 +239,25 @@ def _one_line_errors(folders: list[Path]) -> Iterator[None]:
     """What goes wrong while YAML files are read and composed, as ConfigErrors that name the file."""
     from hydra.errors import HydraException, MissingConfigException
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import MarkedYAMLError
+    from yaml import MarkedYAMLError, YAMLError
 
     try:
         yield
     except MarkedYAMLError as error:
         raise _invalid_yaml(error) from error
+    except YAMLError as error:  # a character that no YAML file may hold
+        what, _, place = str(error).partition('\n  in "')
+        raise ConfigError(place.partition('"')[0] or "configuration", f"not valid YAML: {what}") from error
     except MissingConfigException as error:
         raise _missing_file(error, folders) from error
     except UnicodeDecodeError as error:
         raise ConfigError(_first_not_utf8(folders), "not UTF-8 text", "Save the file as UTF-8.") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise _not_composed(str(error)) from error
+    except ValueError as error:
+        if (match := re.match(r"Invalid defaults list in '(.+?)', (.*)", str(error))) is None:
+            raise
+        raise ConfigError(f"{match[1]}.yaml", match[2], "A list has a line '- group: preset' for each.") from error
 
 
 def _invalid_yaml(error: MarkedYAMLError) -> ConfigError:

@@ -93,7 +93,7 @@ def _merge(tree: DictConfig, values: Mapping[str, Any], schema: type, prefix: st
     """Write `values` into the typed `tree`, leaf by leaf, so that one bad value does not hide the next."""
     by_name = {f.name: f for f in dataclasses.fields(schema)}
     for name, value in values.items():
-        where = prefix + str(name)
+        where = prefix + (str(name) if str(name).strip() else shown(name))
         if name not in by_name:
             yield Problem(where, UNKNOWN, _unknown_remedy(where, value, list(by_name)))
             continue
@@ -110,6 +110,8 @@ def _write(tree: DictConfig, setting: dataclasses.Field[Any], value: Any, where:
     expected, remedy = _type_name(setting.type), setting.metadata["help"] + "."
     if value == "???":  # OmegaConf's sign for what someone has to give
         yield Problem(where, f"missing, expected {expected}", remedy)
+    elif _is_no_truth(value, setting.type):
+        yield Problem(where, f"got {shown(value)}, expected {expected}", remedy)
     elif _was_text(value, setting.type):
         yield Problem(where, f"got {shown(value)}, expected {expected}", f"Quote a text that reads as something else: '{where}=\"…\"'.")
     else:
@@ -130,6 +132,13 @@ def _unknown_remedy(where: str, value: Any, known_here: list[str]) -> str:
 def _was_text(value: Any, annotation: Any) -> bool:
     """Whether a text was meant and something else was read: the commit 5e12 is a number to YAML and to Hydra, and `on` is true."""
     return isinstance(value, bool | float) and "str" in _parts(annotation)
+
+
+def _is_no_truth(value: Any, annotation: Any) -> bool:
+    """Whether true or false is wanted and a number is given, which OmegaConf takes for true; 1 and 0 may be."""
+    if "bool" not in _parts(annotation) or isinstance(value, bool):
+        return False
+    return str(value).lstrip("+-").isdigit() and str(value) not in ("0", "1")
 
 
 def shown(value: Any) -> str:
