@@ -211,6 +211,8 @@ def _check_config_file(folder: Path, where: str) -> None:
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
         raise ModelError(where, f"no config.json in '{folder}' (found {found})", "Give the folder that save_pretrained wrote.")
     _read_object(config_file)
+    if (generation_file := folder / "generation_config.json").exists():
+        _read_object(generation_file)  # transformers passes over one that it cannot read, and with it over the ends of a text
 
 
 def _read_object(file: Path) -> dict[str, Any]:
