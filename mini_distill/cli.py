@@ -7,7 +7,6 @@ import os
 import re
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +15,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from omegaconf import DictConfig, OmegaConf
 
 from .config import CacheCommand, Config, EvaluateCommand, PlanCommand
-from .contract import build_config
+from .contract import as_it_stands, build_config
 from .errors import ConfigError, MiniDistillError, Preempted
 from .overrides import fixed_keys, missing_preset, prepare_overrides, run_name
+from .redaction import print_traceback, redact_text
+from .written import read_settings
 
 if TYPE_CHECKING:
     from hydra.errors import MissingConfigException
@@ -79,10 +80,10 @@ def run_job(task: str, composed: DictConfig, schema: type = Config, folders: Seq
         return 0
     except MiniDistillError as error:
         if composed.get("debug") is True:
-            traceback.print_exc()
+            print_traceback()
         return report(error)
     except Exception:
-        traceback.print_exc()
+        print_traceback()
         return 1
 
 
@@ -152,11 +153,11 @@ def with_settings_of_run(composed: DictConfig, overrides: Sequence[str]) -> Dict
         return composed
     if not (run / "student" / "config.json").is_file():
         raise ConfigError("model", f"the run '{run}' has no student yet", "Run its command again to finish it.")
-    of_run: Any = OmegaConf.load(run / "config.yaml")
+    of_run = read_settings(run / "config.yaml")
     given = {re.split(r"[.=]", text.lstrip("+~"))[0] for text in overrides}
     for group in {"teacher", "data"} - given:
-        composed[group] = of_run[group]
-    if "teacher" not in given and of_run.teacher.kind != "cached":
+        composed[group] = as_it_stands(of_run.get(group, {}))
+    if "teacher" not in given and composed.teacher.get("kind") != "cached":
         composed.teacher.cache_dir = None  # the live teacher stood beside the cache
     composed["model"] = str(run / "student")
     if composed.get("output_dir") is None:
@@ -169,7 +170,7 @@ def report(error: MiniDistillError) -> int:
     sys.stdout.flush()
     prefix = "" if isinstance(error, Preempted) else "error: "
     for problem in error.problems:
-        print(f"{prefix}{problem}", file=sys.stderr)
+        print(redact_text(f"{prefix}{problem}"), file=sys.stderr)
     return error.exit_code
 
 

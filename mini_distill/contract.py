@@ -62,6 +62,15 @@ def _resolved(tree: DictConfig) -> Any:
         raise ConfigError(error.full_key or "configuration", "missing" if missing else what, remedy) from error
 
 
+def as_it_stands(value: Any) -> Any:
+    """Plain values in OmegaConf's words, in which a `${…}` is text and refers to nothing: what is plain has been resolved already."""
+    if isinstance(value, dict):
+        return {key: as_it_stands(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [as_it_stands(inner) for inner in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+
 def known_keys(schema: type = Config, prefix: str = "") -> list[str]:
     """Every full path of the contract: `trainer.max_steps`, …"""
     keys: list[str] = []
@@ -110,13 +119,13 @@ def _write(tree: DictConfig, setting: dataclasses.Field[Any], value: Any, where:
     expected, remedy = _type_name(setting.type), setting.metadata["help"] + "."
     if value == "???":  # OmegaConf's sign for what someone has to give
         yield Problem(where, f"missing, expected {expected}", remedy)
-    elif _is_no_truth(value, setting.type):
+    elif _is_no_truth(value, setting.type) or _refers(value, setting.type):
         yield Problem(where, f"got {shown(value)}, expected {expected}", remedy)
     elif _was_text(value, setting.type):
         yield Problem(where, f"got {shown(value)}, expected {expected}", f"Quote a text that reads as something else: '{where}=\"…\"'.")
     else:
         try:
-            tree[setting.name] = value
+            tree[setting.name] = as_it_stands(value)
         except OmegaConfBaseException:
             yield Problem(where, f"got {shown(value)}, expected {expected}", remedy)
 
@@ -139,6 +148,11 @@ def _is_no_truth(value: Any, annotation: Any) -> bool:
     if "bool" not in _parts(annotation) or isinstance(value, bool):
         return False
     return str(value).lstrip("+-").isdigit() and str(value) not in ("0", "1")
+
+
+def _refers(value: Any, annotation: Any) -> bool:
+    """Whether `${` stands where no text may be: OmegaConf takes it in place of any type."""
+    return isinstance(value, str) and "${" in value and "str" not in _parts(annotation)
 
 
 def shown(value: Any) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,6 +43,11 @@ def redact_text(text: str) -> str:
     text = _IN_URL.sub(rf"\g<scheme>{MASK}@", text)
     text = _IN_QUERY.sub(rf"\g<name>{MASK}", text)
     return _KNOWN_FORM.sub(MASK, text)
+
+
+def print_traceback() -> None:
+    """That of the exception being handled to stderr, as `traceback.print_exc` does."""
+    print(redact_text(traceback.format_exc()), end="", file=sys.stderr)
 
 
 def _secrets_of_environment() -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .cli import load_config
 from .config import CacheCommand, Config, EvaluateCommand
 from .errors import ConfigError
+from .written import read_object, read_rows, read_settings
 
 if TYPE_CHECKING:
     import pandas
@@ -29,32 +29,28 @@ class Run:
     """
 
     def __init__(self, path: Path | str) -> None:
-        import yaml
-
         self.path = Path(path).expanduser()
         file = self.path / "config.yaml"
         if not file.exists():
             raise ConfigError("path", f"'{path}' is not the folder of a run (no config.yaml)", "Give the output_dir of a run.")
-        self.config: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+        self.config: dict[str, Any] = read_settings(file)
 
     @property
     def status(self) -> dict[str, Any]:
         """`state` (running, finished, preempted, failed), `step`, `exit_code`."""
-        return self._json("status.json")
+        return read_object(self.path / "status.json")
 
     @property
     def summary(self) -> dict[str, Any]:
         """Every final number, keyed like the metrics; empty while the run is not finished."""
-        return self._json("summary.json")
+        return read_object(self.path / "summary.json")
 
     @property
     def metrics(self) -> pandas.DataFrame:
         """One row per logged step, indexed by it."""
         import pandas
 
-        file = self.path / "metrics.jsonl"
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        rows = [json.loads(line) for line in lines]
+        rows = read_rows(self.path / "metrics.jsonl")
         return pandas.DataFrame(rows).set_index("step") if rows else pandas.DataFrame()
 
     @cached_property
@@ -78,7 +74,7 @@ class Run:
     @cached_property
     def details(self) -> dict[str, Any]:
         """`slices`, `reliability`, `differences` and `samples`: what is measured and is not a flat number."""
-        return self._json("details.json")
+        return read_object(self.path / "details.json")
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -161,11 +157,6 @@ class Run:
                 str(self.path), f"no student yet ({self.status.get('state', 'unknown')})", "Run the same command again to finish it."
             )
         return folder
-
-    def _json(self, name: str) -> dict[str, Any]:
-        file = self.path / name
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        return found
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from mini_distill.cli import config_dir, load_config
 from mini_distill.config import Config, DataConfig
-from mini_distill.contract import build_config, did_you_mean, known_keys, mixture_parts
+from mini_distill.contract import as_it_stands, build_config, did_you_mean, known_keys, mixture_parts
 from mini_distill.errors import ConfigError, Problem
 
 NEEDED = {
@@ -305,3 +305,10 @@ def test_all_parts_are_reported_together() -> None:
 def test_the_near_name_in_a_part_is_the_parts_own() -> None:
     (problem,) = problems_of({"data": {"source": "mixture", "mixture": {"a": {"max_row": 3}}}})
     assert problem.remedy == "Did you mean 'data.mixture.a.max_rows'?"
+
+
+@pytest.mark.parametrize("text", ["${a}", "\\${a}", "\\\\${a}", "${", "a\\$b", "x}${oc.env:HOME}\\\\\\${y}'"])
+def test_a_plain_text_stays_as_it_is_whatever_it_would_mean_to_omegaconf(text: str) -> None:
+    """Plain values are resolved; a config.yaml of a stranger's run would otherwise read our environment."""
+    assert build_config({"output_dir": text}).output_dir == text
+    assert OmegaConf.to_object(OmegaConf.create({"x": [as_it_stands(text)]})) == {"x": [text]}

@@ -43,6 +43,15 @@ def raises_on_rank_1(student_logits: Tensor, teacher_logits: Tensor, temperature
     return forward_kl(student_logits, teacher_logits, temperature)
 
 
+def raises_what_leaks(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """As a library does that names in its error what it was given."""
+    global calls
+    calls += student_logits.shape[-1] != 1024  # not when it is tried out before the run
+    if calls >= 3:
+        raise ValueError(f"could not connect: {os.environ['LEAK']}")
+    return forward_kl(student_logits, teacher_logits, temperature)
+
+
 def waits_for_ever_from_third_step(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """A step that does not end."""
     global calls

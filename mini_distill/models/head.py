@@ -6,6 +6,7 @@ nobody looks at. Axes: B batch, S sequence, N supervised positions of the batch,
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import cast
 
 import torch
@@ -135,6 +136,13 @@ class LanguageModel(nn.Module):
         if self.model.base_model is self.model:
             raise ModelError(where, f"{name} does not keep its trunk apart from its head", "Use another architecture.")
         largest, plain = self._difference(gain=1.0)
+        if not isfinite(largest):
+            dtype = str(self.model.dtype).removeprefix("torch.")
+            raise ModelError(
+                where,
+                f"{name} gives logits that are not finite in {dtype}",
+                "Load it in float32; else its weights are damaged: download it again.",
+            )
         _, amplified = self._difference(gain=max(1.0, 100.0 / max(largest, 1e-4)))
         worst = max(plain, amplified)
         if not worst < 0.02:  # half precision rounds by less

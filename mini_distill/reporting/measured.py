@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 
 from ..errors import ConfigError, StorageError
 from ..redaction import redact
+from ..written import read_object, read_rows, read_settings, remedy_for
 
 FROM_TRAINING = ("eval/", "before/", "control/", "train/", "data/")
 """Families of figures that a run measures itself; the others are taken from its `evaluation` folder where it has one."""
@@ -90,8 +90,10 @@ def open_measured(path: Path) -> Measured:
         raise ConfigError(str(path), "no such folder", "Give the output_dir of a run, of an evaluation or of a sweep.")
     if not is_measured(path):
         raise ConfigError(str(path), "neither a run nor an evaluation (no status.json, summary.json or config.yaml)", "Give an output_dir.")
-    summary, details = _object(path / "summary.json"), _details(path / "details.json")
-    found = Measured(path, _settings(path / "config.yaml"), _object(path / "status.json"), summary, _rows(path / "metrics.jsonl"), details)
+    summary, details = read_object(path / "summary.json"), _details(path / "details.json")
+    found = Measured(
+        path, _settings(path / "config.yaml"), read_object(path / "status.json"), summary, read_rows(path / "metrics.jsonl"), details
+    )
     return _with_evaluation(found)
 
 
@@ -115,8 +117,8 @@ def _with_evaluation(run: Measured) -> Measured:
         return run
     if (folder / "summary.json").stat().st_mtime < (run.path / "summary.json").stat().st_mtime:
         return Measured(**vars(run) | {"evaluation": "evaluation/ is older than the run's own figures and is left out."})
-    further = {key: value for key, value in _object(folder / "summary.json").items() if not key.startswith(FROM_TRAINING)}
-    further |= {key: value for key, value in _object(folder / "summary.json").items() if key not in run.summary}
+    further = {key: value for key, value in read_object(folder / "summary.json").items() if not key.startswith(FROM_TRAINING)}
+    further |= {key: value for key, value in read_object(folder / "summary.json").items() if key not in run.summary}
     note = "Speed, tasks, slices, calibration, differences and samples are those of evaluation/."
     summary, details = run.summary | further, run.details | _details(folder / "details.json")
     return Measured(**vars(run) | {"summary": summary, "details": details, "evaluation": note})
@@ -125,61 +127,9 @@ def _with_evaluation(run: Measured) -> Measured:
 # --------------------------------------------------------------------------------------------------------------------------- files
 
 
-def _object(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    return _parsed(file, _text(file), 1)
-
-
-def _parsed(file: Path, text: str, line: int) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        at = line + getattr(error, "lineno", 1) - 1
-        raise StorageError(f"{file}:{at}", f"not JSON: {getattr(error, 'msg', 'too deep')}", _remedy(file)) from error
-    if not isinstance(found, dict):
-        raise StorageError(f"{file}:{line}", f"got a {type(found).__name__}, expected a JSON object", _remedy(file))
-    return found
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise StorageError(f"{file}:{line}", "not UTF-8 text", _remedy(file)) from error
-    except OSError as error:
-        raise StorageError(str(file), f"cannot be read: {error.strerror}") from error
-
-
-def _remedy(file: Path) -> str:
-    return "Delete this line." if file.suffix == ".jsonl" else "Delete the file and run the command that wrote it again."
-
-
-def _rows(file: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl by step; a last line that was cut short by a kill does not count."""
-    lines = _text(file).split("\n")[:-1] if file.is_file() else []
-    rows = [(number, _parsed(file, line, number)) for number, line in enumerate(lines, start=1) if line.strip()]
-    for number, row in rows:
-        if finite(row.get("step")) is None:
-            raise StorageError(f"{file}:{number}", "a row without a step", _remedy(file))
-    return sorted((row for _, row in rows), key=lambda row: row["step"])
-
-
 def _settings(file: Path) -> dict[str, Any]:
-    import yaml
-
-    if not file.is_file():
-        return {}
-    try:
-        found = yaml.load(_text(file), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{file}:{mark.line + 1}" if mark else str(file)
-        raise StorageError(where, f"not YAML: {getattr(error, 'problem', error)}", _remedy(file)) from error
-    if not isinstance(found, dict):
-        raise StorageError(f"{file}:1", f"got a {type(found).__name__}, expected settings", _remedy(file))
-    redacted: dict[str, Any] = redact(found)  # once more: whoever gets the page may not be who has the folder
+    """Without secrets once more: whoever gets the page may not be who has the folder."""
+    redacted: dict[str, Any] = redact(read_settings(file))
     return redacted
 
 
@@ -219,10 +169,10 @@ SHAPES: Mapping[str, Shape] = {
 
 
 def _details(file: Path) -> dict[str, Any]:
-    found = _object(file)
+    found = read_object(file)
     for name, fits in SHAPES.items():
         if name in found and not fits(found[name]):
-            raise StorageError(str(file), f"'{name}' is not as this version writes it", _remedy(file))
+            raise StorageError(str(file), f"'{name}' is not as this version writes it", remedy_for(file))
     return found
 
 

@@ -137,7 +137,7 @@ class WandbSink(Sink):
             raise ConfigError("tracking.mode", "online, and wandb has no API key", remedy)
         self._arguments: dict[str, Any] = {
             "project": config.project,
-            "name": config.run_name or run_path.resolve().name,
+            "name": redact_text(config.run_name or run_path.resolve().name),
             "id": _wandb_id(run_path),
             "resume": "allow" if self._mode == "online" else None,
             "dir": str(run_path),
