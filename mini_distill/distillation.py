@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +28,7 @@ from .models.head import LanguageModel, embedding_rows
 from .models.identity import weights_fingerprint
 from .models.loading import load_tokenizer
 from .models.packed_documents import check_documents_kept_apart
+from .redaction import print_traceback, redact
 from .students.build import TeacherSizes, build_student
 from .teachers.cache_identity import digest
 from .teachers.cached import CachedTeacher
@@ -204,7 +204,7 @@ def naming_the_process() -> Iterator[None]:
         where = ", ".join([f"rank {os.environ.get('RANK', '0')}", *steps])
         if isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error):  # gloo has no class for it
             raise DistributedError(where, "another process of the group is gone", "Its own line says why, if it was not killed.") from error
-        traceback.print_exc()
+        print_traceback()
         raise DistributedError(where, f"{type(error).__name__}: {error}", "The traceback stands above.") from error
 
 
@@ -266,7 +266,7 @@ def prepare(config: Config, run: RunFolder, tracker: Tracker) -> Distillation:
         checkpoints=checkpoints,
         tracker=tracker,
         fingerprints={
-            "config": dataclasses.asdict(config),
+            "config": redact(dataclasses.asdict(config)),
             "global_batch_size": trainer.micro_batch_size * trainer.grad_accum_steps * accelerator.num_processes,
             "data": data.fingerprint_parts,
             "tokenizer": tokenizer_fingerprint(tokenizer),
