@@ -38,6 +38,7 @@ from .teachers.server import ServerTeacher, open_server
 from .teachers.targets import Teacher
 from .training.checkpoint import Checkpoints, load_optimizer, optimizer_to_tensors
 from .training.fingerprints import compare_fingerprints
+from .training.heap import return_large_blocks
 from .training.objective import add_matching, build_objective
 from .training.optimizer import build_optimizer
 from .training.progress import TrainingProgress
@@ -285,6 +286,7 @@ def start_processes(precision: str, num_threads: int | None) -> Accelerator:
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
+    return_large_blocks()
     on_gpu = torch.cuda.is_available()
     if precision == "auto":
         precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
