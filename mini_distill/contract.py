@@ -119,7 +119,7 @@ def _write(tree: DictConfig, setting: dataclasses.Field[Any], value: Any, where:
     expected, remedy = _type_name(setting.type), setting.metadata["help"] + "."
     if value == "???":  # OmegaConf's sign for what someone has to give
         yield Problem(where, f"missing, expected {expected}", remedy)
-    elif _is_of_another_type(value, setting.type) or _refers(value, setting.type):
+    elif _is_of_another_type(value, setting.type):
         yield Problem(where, f"got {shown(value)}, expected {expected}", remedy)
     elif _was_text(value, setting.type):
         yield Problem(where, f"got {shown(value)}, expected {expected}", f"Quote a text that reads as something else: '{where}=\"…\"'.")
@@ -144,10 +144,11 @@ def _was_text(value: Any, annotation: Any) -> bool:
 
 
 def _is_of_another_type(value: Any, annotation: Any) -> bool:
-    """What OmegaConf would let pass: a number for true, and a text with `${` for a list. 1 and 0 may stand for true and false."""
-    if "bool" in _parts(annotation) and not isinstance(value, bool):
-        return str(value).lstrip("+-").isdigit() and str(value) not in ("0", "1")
-    return isinstance(value, str) and all(part.startswith(("list", "dict", "None")) for part in _parts(annotation))
+    """What OmegaConf would let pass: a number for true, and a text with `${` for anything. 1 and 0 may stand for true and false."""
+    if isinstance(value, str) and "${" in value:
+        return "str" not in _parts(annotation)
+    is_digits = str(value).lstrip("+-").isdigit() and str(value) not in ("0", "1")
+    return "bool" in _parts(annotation) and not isinstance(value, bool) and is_digits
 
 
 def shown(value: Any) -> str:
