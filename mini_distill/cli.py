@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from .config import CacheCommand, Config, EvaluateCommand, PlanCommand
 from .contract import as_it_stands, build_config
 from .errors import ConfigError, MiniDistillError, Preempted
+from .out_of_memory import is_out_of_memory, out_of_memory
 from .overrides import fixed_keys, missing_preset, prepare_overrides, run_name
 from .redaction import print_traceback, redact_text
 from .written import read_settings
@@ -82,7 +83,9 @@ def run_job(task: str, composed: DictConfig, schema: type = Config, folders: Seq
         if composed.get("debug") is True:
             print_traceback()
         return report(error)
-    except Exception:
+    except Exception as error:
+        if is_out_of_memory(error):
+            return report(out_of_memory(error))
         print_traceback()
         return 1
 

@@ -28,6 +28,7 @@ from .models.head import LanguageModel, embedding_rows
 from .models.identity import weights_fingerprint
 from .models.loading import load_tokenizer
 from .models.packed_documents import check_documents_kept_apart
+from .out_of_memory import is_out_of_memory, out_of_memory
 from .redaction import print_traceback, redact
 from .students.build import TeacherSizes, build_student
 from .teachers.cache_identity import digest
@@ -193,12 +194,17 @@ def open_run(config: Config) -> Iterator[tuple[RunFolder, StopRequest, Tracker]]
 
 @contextmanager
 def naming_the_process() -> Iterator[None]:
-    """With several processes, whose output is mixed, an unexpected error ends in a line that names the one it happened on, and when."""
+    """With several processes, whose output is mixed, an unexpected error ends in a line that names the one it happened on, and when.
+
+    Memory that is not there is expected, with one process too.
+    """
     try:
         yield
     except MiniDistillError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(error) from error
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise
         steps = [note for note in getattr(error, "__notes__", []) if note.startswith("step ")]

@@ -44,6 +44,7 @@ from .evaluation.table import format_table, format_tasks
 from .evaluation.tasks import check_tasks, run_tasks
 from .models.loading import load_causal_lm, load_tokenizer
 from .models.packed_documents import check_documents_kept_apart
+from .out_of_memory import memory_errors
 from .redaction import redact
 from .run import CallableEvaluate
 from .storage import atomic_write_text, check_writable
@@ -104,7 +105,9 @@ def evaluate(config: EvaluateCommand) -> dict[str, Any]:
         num_differences=config.evaluation.num_differences,
         group_of=_groups(e),
     )
-    look.over(batches(e), e.autocast, show_progress=True)
+    remedies = ["lower evaluation.batch_size, which changes no result", "set teacher.dtype=bfloat16", "shorten data.seq_len"]
+    with memory_errors("evaluation.batch_size", f"with {config.evaluation.batch_size} sequences", remedies):
+        look.over(batches(e), e.autocast, show_progress=True)
     summary |= look.metrics()
     context = EvaluationContext(
         e.models["student"], e.teacher, e.tokenizer, 0, lambda: batches(e), e.device, folder, gather_sum=lambda value: value

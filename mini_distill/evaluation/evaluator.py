@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from itertools import islice
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from transformers import PreTrainedModel
 
 from ..config import EvaluationConfig
 from ..data.batch import Batch
-from ..errors import DataError
+from ..errors import DataError, NumericsError
 from ..losses.linear import TeacherRows
 from ..models.head import LanguageModel
 from ..onlooker import is_watched
+from ..out_of_memory import memory_errors
 from ..teachers.cached import CachedTeacher
 from ..teachers.server import ServerTeacher
 from .hooks import EvaluationContext, load_hooks, run_hooks
@@ -82,14 +84,19 @@ class Evaluator:
         Raises:
             DataError: nothing in the held-out text is supervised.
             ConfigError: a hook fails, or returns something that is no metric.
+            NumericsError: the logits of one of the models are not finite.
+            OutOfMemory: memory ran out.
         """
-        with without_side_effects(student, self.teacher):
+        remedies = ["lower evaluation.batch_size, which changes no result", "set teacher.dtype=bfloat16"]
+        size = f"with {self.config.batch_size} sequences"
+        with without_side_effects(student, self.teacher), memory_errors("evaluation.batch_size", size, remedies):
             sums = over_all_processes(self._sums(student), self.gather_sum)
             if not sums["tokens"]:
                 raise DataError(
                     "data.eval_path", "no token of the held-out text is supervised", "Hold out more rows, or check their format."
                 )
             measured = {f"eval/{name}": value for name, value in metrics(sums).items()}
+            _check_finite(measured, step)
             return measured | run_hooks(self.hooks, self._context(student, step), taken=measured)
 
     def samples(self, models: Mapping[str, PreTrainedModel | None], seed: int) -> list[Sample]:
@@ -139,3 +146,13 @@ class Evaluator:
 
     def _context(self, student: PreTrainedModel, step: int) -> EvaluationContext:
         return EvaluationContext(student, self.teacher, self.tokenizer, step, self.batches, self.device, self.output_dir, self.gather_sum)
+
+
+def _check_finite(measured: Mapping[str, float], step: int) -> None:
+    """A cross-entropy that is no number comes from logits that are none; a perplexity may overflow without."""
+    for who, remedy in (
+        ("teacher", "Load it with teacher.dtype=float32 and trainer.precision=fp32."),
+        ("student", "Lower trainer.learning_rate, or use trainer.precision=fp32."),
+    ):
+        if not isfinite(measured.get(f"eval/{who}_nll", 0.0)):
+            raise NumericsError(f"evaluation after step {step}", f"the {who}'s logits not finite on held-out text", remedy)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -167,6 +168,20 @@ def _check_weights(model: PreTrainedModel, info: Mapping[str, Any], path: str, w
             f"the checkpoint in '{path}' holds {len(left_out)} weights that config.json leaves no place for ({_some(left_out)})",
             "Give the config.json that belongs to them.",
         )
+    if broken := [name for name, weight in model.named_parameters() if not _is_finite(weight)]:
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise ModelError(
+            where,
+            f"{len(broken)} weights in '{path}' are not finite in {dtype} ({_some(broken)})",
+            "They are damaged, unless they fit into float32 or bfloat16.",
+        )
+
+
+def _is_finite(weight: Tensor) -> bool:
+    """Whether a weight holds numbers only. Nothing as large as it is made; those of eight bits and fewer know no infinity worth a look."""
+    if not weight.is_floating_point() or weight.element_size() == 1 or weight.is_meta or not weight.numel():
+        return True
+    return bool(torch.stack(torch.aminmax(weight.detach())).isfinite().all())
 
 
 def _without_place(model: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import isfinite
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -31,8 +33,11 @@ def check_documents_kept_apart(model: PreTrainedModel | None, where: str) -> Non
         difference, rounding = _influence(model)
     finally:
         model.train(training)
+    name = type(model).__name__
+    if not isfinite(difference):
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise ModelError(where, f"{name} gives hidden states that are not finite in {dtype}", "Load it in float32.")
     if not difference < rounding:
-        name = type(model).__name__
         what = f"{name} lets a packed document see the one before it (relative difference {difference:.2g}, expected below {rounding})"
         raise ModelError(where, what, "Set data.packing=false, or use another architecture.")
 

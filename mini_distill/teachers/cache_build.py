@@ -20,10 +20,11 @@ from transformers import PreTrainedTokenizerBase
 from ..config import CacheConfig
 from ..data.batch import Batch
 from ..data.order import Stream
-from ..errors import CacheError, StorageError
+from ..errors import NumericsError, StorageError
 from ..losses.reduction import loss_mask, supervised_targets
 from ..losses.sparse import SparseRows, TopKRows
 from ..onlooker import is_watched
+from ..out_of_memory import memory_errors
 from ..storage import atomic_folder, check_writable, remove_stale_temporaries, size_text, verify_folder
 from .cache_files import CHECKSUMS, MARK, SEQUENCE_STARTS, Columns, Side, join, write_columns
 from .cache_identity import DESCRIPTION, check_same, read_description, write_description
@@ -213,7 +214,9 @@ class CacheBuilder:
     def _score(self, batch: Batch, side: str, with_mass: bool = False) -> tuple[dict[int, Columns], list[Tensor]]:
         """Sequence number -> its columns; and, if wished, the captured mass of each token."""
         batch, kind, held_out = batch.to(self.teacher.device), self.kinds[side], side == "held_out"
-        with self.autocast():
+        size = f"with {len(batch)} sequences of {batch.input_ids.shape[1]} tokens"
+        remedies = ["lower cache.batch_size", "set teacher.dtype=bfloat16", "shorten data.seq_len"]
+        with memory_errors("cache.batch_size", size, remedies), self.autocast():
             targets = self.teacher(batch)
             if not isinstance(targets, DenseTargets):
                 return self._score_listed(batch, targets.rows(slice(None)), side)
@@ -226,7 +229,9 @@ class CacheBuilder:
                 for rows in _chunks(at, at + count, self.vocab_size):
                     logits = targets.rows(rows, self.vocab_size)
                     if not torch.isfinite(logits.logsumexp(-1)).all():
-                        raise CacheError(f"sequence {number}", "the teacher's logits are not finite", "Try another teacher.dtype.")
+                        rows_of_source = ", ".join(self.streams[side].origins(number)[:2])
+                        what = f"the teacher's logits not finite (rows {rows_of_source})"
+                        raise NumericsError(f"sequence {number}", what, "Load it with teacher.dtype=float32, or leave these rows out.")
                     if with_mass:
                         masses.append(kind.captured_mass(torch.softmax(logits / kind.config.temperature, -1)).cpu())
                     columns = kind.encode(logits, targets.hidden[rows], generator)

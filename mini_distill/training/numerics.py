@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..errors import MiniDistillError, NumericsError, OutOfMemory
+from ..out_of_memory import is_out_of_memory, out_of_memory
+from ..teachers.targets import DenseTargets
 from .optimizer import learning_rate
 
 if TYPE_CHECKING:
@@ -50,17 +52,26 @@ def check_finite(
         NumericsError: names the step, the term and the rows.
     """
     values = torch.stack([*(v.float() for v in sums.values()), grad_norm.float()])
-    bad = (~torch.isfinite(values)).any().float()
+    bad = ~torch.isfinite(values)
+    anywhere = torch.stack([bad[:-1].any(), bad.any()]).float()  # a sum; a sum or the gradient, which is that of all processes
     if d.accelerator.num_processes > 1:
-        bad = d.accelerator.reduce(bad, "sum")
-    if bad.item() == 0:
+        anywhere = d.accelerator.reduce(anywhere, "sum")
+    some_sum, anything = anywhere.tolist()
+    if not anything:
         return
     names = [name for name, value in zip([*sums, "gradient norm"], values.tolist(), strict=True) if not math.isfinite(value)]
-    if names:
-        what = f"{', '.join(names)} not finite (rows {_rows(d, micro_batches, row_loss)})"
+    if some_sum and names == ["gradient norm"]:
+        names = []  # it came with the exchange
+    rows = [row for batch in micro_batches for row in batch.split_rows()] if names else []
+    remedy = "Lower trainer.learning_rate, set trainer.max_grad_norm, use trainer.precision=fp32, or look at these rows."
+    if of_teacher := [row for row in rows if not _teacher_is_finite(d, row)]:
+        what = f"the teacher's logits not finite (rows {_names(d, of_teacher)})"
+        remedy = "Load it with teacher.dtype=float32 and trainer.precision=fp32, or leave these rows out."
+    elif names:
+        guilty = _not_finite(rows, row_loss) or rows  # all of the batch when it is the gradient that overflowed
+        what = f"{', '.join(names)} not finite (rows {_names(d, guilty)})"
     else:
         what = "loss or gradient of another process not finite"
-    remedy = "Lower trainer.learning_rate, set trainer.max_grad_norm, use trainer.precision=fp32, or look at these rows."
     raise NumericsError(f"step {step}", f"{what}; the student was not updated", remedy)
 
 
@@ -75,10 +86,8 @@ def memory_errors(step: int, config: Config) -> Iterator[None]:
     """
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _out_of_memory(step, config, error) from error
     except Exception as error:
-        if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):  # torch has no class of its own for a CPU's memory
+        if is_out_of_memory(error):
             raise _out_of_memory(step, config, error) from error
         if not isinstance(error, MiniDistillError):
             error.add_note(f"step {step}")
@@ -87,14 +96,14 @@ def memory_errors(step: int, config: Config) -> Iterator[None]:
 
 def _out_of_memory(step: int, config: Config, error: BaseException) -> OutOfMemory:
     trainer = config.trainer
-    what = f"out of memory with {trainer.micro_batch_size} sequences of {config.data.seq_len} tokens ({str(error).splitlines()[0][:120]})"
+    size = f"with {trainer.micro_batch_size} sequences of {config.data.seq_len} tokens"
     remedies = [
         f"halve trainer.micro_batch_size and double trainer.grad_accum_steps (now {trainer.grad_accum_steps}), which changes no result",
         "set trainer.gradient_checkpointing=true",
         "load the teacher with teacher.dtype=bfloat16 or on another teacher.device",
         "shorten data.seq_len",
     ]
-    return OutOfMemory(f"step {step}", what, "In this order: " + "; ".join(remedies) + ".")
+    return out_of_memory(error, f"step {step}", size, remedies)
 
 
 def step_metrics(d: Distillation, sums: dict[str, Tensor], grad_norm: Tensor, num_valid_tokens: Tensor, step: int) -> dict[str, float]:
@@ -111,12 +120,24 @@ def step_metrics(d: Distillation, sums: dict[str, Tensor], grad_norm: Tensor, nu
     }
 
 
+def _teacher_is_finite(d: Distillation, row: Batch, chunk: int = 256) -> bool:
+    """Whether a live teacher's distribution over the next token is one at every supervised position; those of files are checked when read."""
+    if d.teacher is None:
+        return True
+    with d.accelerator.autocast():
+        targets = d.teacher(row)
+        if not isinstance(targets, DenseTargets):
+            return True
+        starts = range(0, len(targets.hidden), chunk)
+        return all(bool(targets.rows(slice(start, start + chunk)).logsumexp(-1).isfinite().all()) for start in starts)
+
+
 @torch.no_grad()
-def _rows(d: Distillation, micro_batches: list[Batch], row_loss: Callable[[Batch], ObjectiveSums], limit: int = 4) -> str:
-    """The rows whose own loss is not finite; all of the batch when it is the gradient that overflowed."""
-    rows = [row for batch in micro_batches for row in batch.split_rows()]
-    suspects = [int(row.row_ids) for row in rows if not torch.isfinite(row_loss(row).loss)]
-    everyone = [int(row.row_ids) for row in rows]
-    guilty = suspects or everyone
-    names = [name for number in guilty[:limit] for name in d.data.train.origins(number)[:2]]
-    return ", ".join(names) + (f" and {len(guilty) - limit} more" if len(guilty) > limit else "")
+def _not_finite(rows: list[Batch], row_loss: Callable[[Batch], ObjectiveSums]) -> list[Batch]:
+    return [row for row in rows if not torch.isfinite(row_loss(row).loss)]
+
+
+def _names(d: Distillation, rows: list[Batch], limit: int = 4) -> str:
+    """The first of them as their source names them: file and line."""
+    names = [name for row in rows[:limit] for name in d.data.train.origins(int(row.row_ids))[:2]]
+    return ", ".join(names) + (f" and {len(rows) - limit} more" if len(rows) > limit else "")
