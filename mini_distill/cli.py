@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -20,7 +20,7 @@ from .errors import ConfigError, MiniDistillError, Preempted
 from .out_of_memory import is_out_of_memory, out_of_memory
 from .overrides import fixed_keys, missing_preset, prepare_overrides, run_name
 from .redaction import print_traceback, redact_text
-from .written import read_settings
+from .written import read_object, read_settings
 
 if TYPE_CHECKING:
     from hydra.errors import MissingConfigException
@@ -52,16 +52,17 @@ def run_command(task: str, config_name: str = "train", schema: type = Config) ->
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us whole, instead of being printed by Hydra
     exit_codes, started = [0], time.time()
 
-    def job(composed: DictConfig) -> None:
+    def job(composed: DictConfig) -> float | None:
         exit_codes.append(run_job(task, composed, schema, folders))
         if exit_codes[-1] in (130, 143):
             sys.exit(exit_codes[-1])  # who stops a job does not want the sweep's next one to start
+        return None if exit_codes[-1] else value_of(composed)
 
     try:
         sys.argv[1:], folders = _prepare_arguments(sys.argv[1:])
         _hydra_main(job, config_name, folders)
         if (sweep := next((text.partition("=")[2] for text in sys.argv if text.startswith(SWEEP_DIR)), None)) is not None:
-            exit_codes.append(_exit_code_of_sweep(Path(sweep.strip('"')), started))
+            exit_codes.append(_end_of_sweep(Path(sweep.strip('"')), started))
     except MiniDistillError as error:
         exit_codes.append(report(error))
     except KeyboardInterrupt:
@@ -90,6 +91,15 @@ def run_job(task: str, composed: DictConfig, schema: type = Config, folders: Seq
         return 1
 
 
+def value_of(composed: DictConfig) -> float | None:
+    """What a sweeper that searches (Optuna) is told of a job: `evaluation.best_metric` of its run; None where there is none."""
+    folder, metric = composed.get("output_dir"), OmegaConf.select(composed, "evaluation.best_metric")
+    if folder is None or metric is None:
+        return None
+    value: float | None = read_object(Path(folder) / "summary.json").get(metric)
+    return value
+
+
 def _run_job_of_sweep(sweep: Path, composed: DictConfig, folders: Sequence[Path]) -> int:
     from hydra.core.hydra_config import HydraConfig
 
@@ -101,6 +111,7 @@ def _run_job_of_sweep(sweep: Path, composed: DictConfig, folders: Sequence[Path]
         composed["output_dir"] = str(sweep / run_name([text for text in overrides if text.lstrip("+~").partition("=")[0] not in same]))
     config = _checked(composed, lambda: overrides, Config)
     flags = [argument for folder in folders if folder != config_dir() for argument in ("--config-dir", str(folder))]
+    flags += [text for text in hydra.overrides.hydra if text.startswith("hydra/")]  # the sweeper that a preset has settings for
     return run_as_job(config, overrides, hydra.job.num, int(hydra.launcher.get("n_jobs") or 1), flags)
 
 
@@ -114,9 +125,11 @@ def _sweep_folder() -> Path | None:
     return Path(HydraConfig.get().sweep.dir)
 
 
-def _exit_code_of_sweep(sweep: Path, started: float) -> int:
-    from .sweep import exit_code_of
+def _end_of_sweep(sweep: Path, started: float) -> int:
+    from .sweep import exit_code_of, summary_of
 
+    if summary := summary_of(sweep):
+        print(summary, flush=True)
     return exit_code_of(sweep, started)
 
 
@@ -160,12 +173,27 @@ def with_settings_of_run(composed: DictConfig, overrides: Sequence[str]) -> Dict
     given = {re.split(r"[.=]", text.lstrip("+~"))[0] for text in overrides}
     for group in {"teacher", "data"} - given:
         composed[group] = as_it_stands(of_run.get(group, {}))
+    if "teacher" not in given:
+        _check_trusted(of_run.get("teacher", {}), run / "config.yaml")
     if "teacher" not in given and composed.teacher.get("kind") != "cached":
         composed.teacher.cache_dir = None  # the live teacher stood beside the cache
     composed["model"] = str(run / "student")
     if composed.get("output_dir") is None:
         composed["output_dir"] = str(run / "evaluation")
     return composed
+
+
+def _check_trusted(teacher: Mapping[str, Any], file: Path) -> None:
+    """A run may be anybody's: what its settings cannot decide is whose code is run here, and who is shown a key.
+
+    Raises:
+        ConfigError: they would.
+    """
+    remedy = "If you trust it, give teacher=… with its settings in the command."
+    if teacher.get("trust_remote_code"):
+        raise ConfigError("teacher.trust_remote_code", f"{file} asks to run code from the repository of '{teacher.get('path')}'", remedy)
+    if teacher.get("kind") == "server" and os.environ.get("MINI_DISTILL_API_KEY"):
+        raise ConfigError("teacher.url", f"{file} asks to show the key in MINI_DISTILL_API_KEY to {teacher.get('url')}", remedy)
 
 
 def report(error: MiniDistillError) -> int:
@@ -194,9 +222,10 @@ def _prepare_arguments(arguments: list[str]) -> tuple[list[str], list[Path]]:
     if given.shell_completion:
         return arguments, folders
     overrides = prepare_overrides(given.overrides, folders, sweep=given.multirun)
-    if given.multirun and not any(text.startswith(SWEEP_DIR) for text in overrides):
+    if given.multirun:
         fixed = ",".join(f'"{key}"' for key in fixed_keys(overrides))
-        overrides.append(f'{SWEEP_DIR}"multirun/{run_name(overrides)}"')  # the same command finds its sweep again
+        if not any(text.startswith(SWEEP_DIR) for text in overrides):
+            overrides.append(f'{SWEEP_DIR}"multirun/{run_name(overrides)}"')  # the same command finds its sweep again
         overrides.append(f"hydra.job.config.override_dirname.exclude_keys=[{fixed}]")  # and its jobs, named after what is swept
     return [*overrides, *flags], folders
 
@@ -216,7 +245,7 @@ def _user_folders(config_dir: str | None) -> list[Path]:
 # ----------------------------------------------------------------------------------------------------------------------- hydra
 
 
-def _hydra_main(job: Callable[[DictConfig], None], config_name: str, folders: list[Path]) -> None:
+def _hydra_main(job: Callable[[DictConfig], Any], config_name: str, folders: list[Path]) -> None:
     import hydra
 
     _store_contract()
@@ -258,10 +287,16 @@ def _one_line_errors(folders: list[Path]) -> Iterator[None]:
         raise ConfigError(_first_not_utf8(folders), "not UTF-8 text", "Save the file as UTF-8.") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise _not_composed(str(error)) from error
-    except ValueError as error:
-        if (match := re.match(r"Invalid defaults list in '(.+?)', (.*)", str(error))) is None:
-            raise
-        raise ConfigError(f"{match[1]}.yaml", match[2], "A list has a line '- group: preset' for each.") from error
+    except (ValueError, RuntimeError) as error:
+        if str(error).startswith("No trials are completed"):
+            return  # of a search: each job has said why it failed
+        if (match := re.match(r"Invalid defaults list in '(.+?)', (.*)", str(error))) is not None:
+            raise ConfigError(f"{match[1]}.yaml", match[2], "A list has a line '- group: preset' for each.") from error
+        if "you indeed on a slurm cluster" in str(error):
+            raise ConfigError(
+                "hydra/launcher", "there is no srun here", "Start from a node of the cluster, or take submitit_local."
+            ) from error
+        raise
 
 
 def _invalid_yaml(error: MarkedYAMLError) -> ConfigError:

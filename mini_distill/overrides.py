@@ -99,9 +99,15 @@ def _problems(override: Override, folders: Sequence[Path], sweep: bool) -> Itera
         yield from (missing_preset(key, name, _presets(key, folders)) for name in _chosen(override) if not _exists(key, name, folders))
 
 
+PLUGINS = {"hydra/launcher=joblib", "hydra/launcher=submitit_local", "hydra/launcher=submitit_slurm", "hydra/sweeper=optuna"}
+"""What the extra mini_distill[sweep] adds to Hydra."""
+
+
 def missing_preset(group: str, name: str | None, presets: Sequence[str]) -> Problem:
     """No such preset: which there are, and the nearest."""
     what = f"no preset '{name}'" if name else "got no preset's name"
+    if f"{group}={name}" in PLUGINS:
+        return Problem(f"{group}={name}", "not installed", "pip install 'mini_distill[sweep]'.")
     return Problem(group, f"{what} (choices: {', '.join(presets)})", did_you_mean(name or "", list(presets)))
 
 

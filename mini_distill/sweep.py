@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -59,7 +60,8 @@ def run_as_job(config: Config, overrides: Sequence[str], number: int, num_at_onc
         {"job": number, "overrides": list(overrides), "folder": folder.name, "exit_code": code, "seconds": seconds, "error": error},
     )
     print(
-        f"{name}: " + (f"failed ({_ending(code)}) {error}" if code else f"finished in {seconds:.0f} s{_result(folder, config)}"), flush=True
+        f"{name}: " + (f"failed ({how_it_ended(code)}) {error}" if code else f"finished in {seconds:.0f} s{_result(folder, config)}"),
+        flush=True,
     )
     return code if code >= 0 else 128 - code
 
@@ -77,10 +79,26 @@ def is_finished(folder: Path, config: Config) -> bool:
 
 def exit_code_of(sweep: Path, since: float) -> int:
     """The highest exit code of the jobs that have ended since a moment; jobs may run in other processes than the one that asks."""
-    file = sweep / JOBS
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    codes = [entry["exit_code"] for entry in map(json.loads, lines) if entry["ended"] >= since]
+    codes = [entry["exit_code"] for entry in jobs_of(sweep) if entry["ended"] >= since]
     return max((code if code >= 0 else 128 - code for code in codes), default=0)
+
+
+def summary_of(sweep: Path) -> str:
+    """How many jobs have finished and which have not, and how to compare them; empty where no job has ended."""
+    ended = {entry["folder"]: entry["exit_code"] for entry in jobs_of(sweep)}
+    if not ended:
+        return ""
+    failed = [folder for folder, code in ended.items() if code]
+    said = f"{len(ended)} jobs: {len(ended) - len(failed)} finished" + (f", {len(failed)} not ({', '.join(failed[:3])})" if failed else "")
+    again = " The same command runs what is missing." if failed else ""
+    return f"{said}.{again} To compare them: python -m mini_distill.report {shlex.quote(str(sweep))}"
+
+
+def jobs_of(sweep: Path) -> list[dict[str, Any]]:
+    """The lines of jobs.jsonl; one that a kill cut short does not count."""
+    file = sweep / JOBS
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.is_file() else []
+    return [json.loads(line) for line in lines]
 
 
 def _plain(config: Config) -> Any:
@@ -136,7 +154,8 @@ def _last_line(log: Path) -> str:
     return next((line for line in reversed(lines) if line.startswith("error:")), lines[-1].strip() if lines else "")
 
 
-def _ending(code: int) -> str:
+def how_it_ended(code: int) -> str:
+    """An exit code in words; a negative one is a signal's."""
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from runs import run
 
 from mini_distill import sweep
@@ -97,9 +98,95 @@ def test_only_a_run_with_the_same_settings_is_left_alone(tiny_command: list[str]
 def test_every_value_of_a_shipped_sweep_composes(preset: str) -> None:
     params = yaml.safe_load((config_dir() / "sweep" / f"{preset}.yaml").read_text())["hydra"]["sweeper"]["params"]
     for key, values in params.items():
-        for value in str(values).split(","):
+        (override,) = OverridesParser.create().parse_overrides([f"{key}={values}"])
+        space = override.value()
+        for value in [space.start, space.end] if override.is_interval_sweep() else str(values).split(","):
             load_config([f"{key}={value}"])
     assert len(params) >= 1
+
+
+@pytest.mark.timeout(280)
+def test_a_search_proposes_again_what_has_finished_and_goes_on_from_there(tiny_command: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="needs the extra mini_distill[sweep]")
+    search = [
+        "-m",
+        "hydra/sweeper=optuna",
+        "sweep=optuna",
+        *tiny_command,
+        "trainer.max_steps=2",
+        f'hydra.sweep.dir="{tmp_path / "search"}"',
+    ]
+    first = train(tmp_path, *search, "hydra.sweeper.n_trials=1")
+    assert first.returncode == 0, first.stdout + first.stderr
+    second = train(tmp_path, *search, "hydra.sweeper.n_trials=2")
+    lines = job_lines(second.stdout)
+    assert "already finished" in lines[0] and "finished in" in lines[2], second.stdout + second.stderr
+    jobs = [json.loads(line)["folder"] for line in (tmp_path / "search" / "jobs.jsonl").read_text().splitlines()]
+    perplexities = [json.loads((tmp_path / "search" / job / "summary.json").read_text())["eval/student_perplexity"] for job in jobs]
+    found = yaml.safe_load((tmp_path / "search" / "optimization_results.yaml").read_text())
+    assert len(set(jobs)) == 2 and found["best_value"] == min(perplexities)
+    assert set(found["best_params"]) == {"objective.temperature", "objective.kl_weight", "trainer.learning_rate"}
+
+
+@pytest.mark.timeout(280)
+def test_a_search_without_a_result_ends_in_the_errors_of_its_jobs(tiny_command: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="needs the extra mini_distill[sweep]")
+    search = ["-m", "hydra/sweeper=optuna", "sweep=optuna", "hydra.sweeper.n_trials=1", *tiny_command, "data.path=/nowhere.jsonl"]
+    ended = train(tmp_path, *search)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr + ended.stdout
+    assert "data.path: no such file" in ended.stdout + ended.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+def test_submitit_runs_the_jobs_and_the_same_command_leaves_them_alone(tiny_command: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs the extra mini_distill[sweep]")
+    command = ["-m", "hydra/launcher=submitit_local", *tiny_command, "trainer.max_steps=2", "seed=0,1"]
+    first, second = train(tmp_path, *command), train(tmp_path, *command)
+    (folder,) = (tmp_path / "multirun").iterdir()
+    jobs = [json.loads(line) for line in (folder / "jobs.jsonl").read_text().splitlines()]
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert sorted(job["folder"] for job in jobs) == ["seed=0", "seed=1"] and not any(job["exit_code"] for job in jobs)
+    assert "2 jobs: 2 finished. To compare them: python -m mini_distill.report multirun/" in second.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+def test_slurm_is_asked_for_what_the_settings_say(tiny_command: list[str], tmp_path: Path) -> None:
+    """The commands of SLURM are replaced: sbatch keeps what it was given and runs it here."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs the extra mini_distill[sweep]")
+    (tmp_path / "bin").mkdir()
+    for name, script in SLURM.items():
+        (tmp_path / "bin" / name).write_text(script)
+        (tmp_path / "bin" / name).chmod(0o755)
+    settings = [
+        "hydra.launcher.gpus_per_node=1",
+        "hydra.launcher.timeout_min=90",
+        "hydra.launcher.partition=short",
+        "hydra.launcher.mem_gb=20",
+    ]
+    command = ["-m", "hydra/launcher=submitit_slurm", *settings, *tiny_command, "trainer.max_steps=2", "seed=0,1"]
+    ended = train(tmp_path, *command, PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", KEPT=str(tmp_path / "kept"))
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    asked = (tmp_path / "kept").read_text()
+    assert all(f"#SBATCH --{line}" in asked for line in ("gpus-per-node=1", "time=90", "partition=short", "mem=20GB", "array=0-1"))
+    (folder,) = (tmp_path / "multirun").iterdir()
+    assert "2 jobs: 2 finished" in ended.stdout and (folder / "seed=1" / "student" / "model.safetensors").exists()
+
+
+SLURM = {
+    "srun": '#!/bin/sh\nwhile [ "${1#-}" != "$1" ]; do case "$1" in --output|--error) shift;; esac; shift; done\nexec "$@"\n',
+    "sbatch": """#!/bin/sh
+cp "$1" "$KEPT"
+for task in 0 1; do (
+    SLURM_JOB_ID=7$task SLURM_ARRAY_JOB_ID=7 SLURM_ARRAY_TASK_ID=$task SLURM_NTASKS=1 SLURM_PROCID=0 SLURM_LOCALID=0 \\
+        SLURM_NNODES=1 SLURM_NODEID=0 SLURM_JOB_NODELIST=here sh "$1" > "$KEPT.$task" 2>&1
+) & done
+echo Submitted batch job 7
+""",
+    "sacct": "#!/bin/sh\necho 'JobID|State|NodeList'\nfor task in 0 1; do echo \"7_$task|COMPLETED|here\"; done\n",
+    "scontrol": "#!/bin/sh\necho here\n",
+}
 
 
 def test_jobs_beside_each_other_share_the_cores(tiny_command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from ..contract import did_you_mean
 from ..errors import ConfigError, StorageError
 from ..overrides import GROUPS
+from ..sweep import how_it_ended, jobs_of
 from .charts import Chart, Drawing, Series, draw
 from .comparison import Group, grouped, label_of
 from .figures import percent_whole, signed_free, text_of
@@ -165,7 +166,14 @@ def _why(run: Measured, key: str) -> str:
     if run.summary:
         return f"no '{key}' in its summary"
     of = (run.config.get("trainer") or {}).get("max_steps")
-    return f"at step {run.status.get('step', 0)}{f' of {of}' if of else ''}"
+    return f"{_killed(run.path)}at step {run.status.get('step', 0)}{f' of {of}' if of else ''}"
+
+
+def _killed(job: Path) -> str:
+    """By which signal, where that is how a job of a sweep ended last."""
+    codes = {entry["folder"]: entry["exit_code"] for entry in jobs_of(job.parent)}
+    code = codes.get(job.name, 0)
+    return f"{how_it_ended(code)} " if code < 0 else ""
 
 
 def _error_in_logs(folder: Path) -> str:
