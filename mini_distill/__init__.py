@@ -6,9 +6,13 @@ The public names are imported on first use, so that `import mini_distill` costs 
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
 
 __version__ = "0.1.0"
+
+# torch asks Linux for huge pages then, from its first tensor on: less of the memory of a CPU is lost in gaps (docs/plan.md).
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 _HOMES = {
     "Config": "config",

@@ -37,9 +37,8 @@ from .teachers.load import load_teacher, load_teacher_tokenizer
 from .teachers.online import OnlineTeacher
 from .teachers.server import ServerTeacher, open_server
 from .teachers.targets import Teacher
-from .training.checkpoint import Checkpoints, load_optimizer, optimizer_to_tensors
+from .training.checkpoint import Checkpoints, load_optimizer, load_weights, optimizer_to_tensors
 from .training.fingerprints import compare_fingerprints
-from .training.heap import return_large_blocks
 from .training.objective import add_matching, build_objective
 from .training.optimizer import build_optimizer
 from .training.progress import TrainingProgress
@@ -167,7 +166,7 @@ class Distillation:
             self.run.truncate_metrics(None)  # rows of a run that was killed before its first checkpoint
             return 0
         compare_fingerprints(checkpoint.state["fingerprints"], self.fingerprints, self.config.resume_allow)
-        self.language_model.load_state_dict(checkpoint.tensors("model"))
+        load_weights(self.language_model, checkpoint.tensors("model"))
         load_optimizer(self.optimizer, self.language_model, checkpoint.tensors("optimizer"), checkpoint.state["optimizer"])
         self.best, self.tokens_seen = checkpoint.state["best"], checkpoint.state["tokens_seen"]
         self.run.truncate_metrics(checkpoint.step)
@@ -292,7 +291,6 @@ def start_processes(precision: str, num_threads: int | None) -> Accelerator:
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
-    return_large_blocks()
     on_gpu = torch.cuda.is_available()
     if precision == "auto":
         precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"

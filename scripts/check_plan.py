@@ -2,22 +2,18 @@
 
 python scripts/check_plan.py [--threads 1] [--steps 8] [--only name]
 
-Memory is the most that the process held resident from beginning to end, above what it held when everything was imported, in two runs:
-one in which the C library gives every block of a megabyte back at once (MALLOC_MMAP_THRESHOLD_), which shows what is alive and is
-slower, and one as it is, with the gaps of its heap. Time is the median over the steps after the first two of the latter, of the
-processor where there is one thread, so that a machine with other work tells the same.
+Memory is the most that the process held resident from beginning to end, above what it held when everything was imported. Time is the
+median over the steps after the first two, of the processor where there is one thread, so that a machine with other work tells the same.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -57,7 +53,7 @@ def main() -> None:
 
 def print_table(arguments: argparse.Namespace) -> None:
     """A row for each run as it ends."""
-    print("| run | alive: predicted | measured | | with gaps: predicted | measured | | step: predicted | measured | |\n|:--|" + 9 * "--:|")
+    print("| run | memory: predicted | measured | | step: predicted | measured | |\n|:--|" + 6 * "--:|")
     with tempfile.TemporaryDirectory() as folder:
         vocabulary = f"teacher=hf teacher.path={make_teacher(Path(folder) / 'teacher')}"
         for number, (name, settings) in enumerate(RUNS.items()):
@@ -67,13 +63,9 @@ def print_table(arguments: argparse.Namespace) -> None:
             overrides += [f"trainer.max_steps={arguments.steps}", "trainer.warmup_steps=1", f"trainer.num_threads={arguments.threads}"]
             overrides += ["evaluation.max_batches=2", "evaluation.num_samples=0"]
             plan = in_own_process("--predict", overrides)
-            alive = in_own_process("--measure", [*overrides, f"output_dir={folder}/{number}-alive"], {"MALLOC_MMAP_THRESHOLD_": str(2**20)})
             real = in_own_process("--measure", [*overrides, f"output_dir={folder}/{number}"])
-            cells = [
-                *compared(plan["alive"], alive["bytes"], "{:.0f} MB", 1e-6),
-                *compared(plan["bytes"], real["bytes"], "{:.0f} MB", 1e-6),
-            ]
-            print(f"| {' | '.join([name, *cells, *compared(plan['seconds'], real['seconds'], '{:.2f} s')])} |", flush=True)
+            memory = compared(plan["bytes"], real["bytes"], "{:.0f} MB", 1e-6)
+            print(f"| {' | '.join([name, *memory, *compared(plan['seconds'], real['seconds'], '{:.2f} s')])} |", flush=True)
 
 
 def compared(predicted: float, measured: float, text: str, unit: float = 1.0) -> list[str]:
@@ -81,10 +73,10 @@ def compared(predicted: float, measured: float, text: str, unit: float = 1.0) ->
     return [text.format(predicted * unit), text.format(measured * unit), f"{predicted / measured - 1:+.0%}"]
 
 
-def in_own_process(what: str, overrides: list[str], environment: Mapping[str, str] | None = None) -> dict[str, float]:
+def in_own_process(what: str, overrides: list[str]) -> dict[str, float]:
     """The figures that this script prints when called so."""
     command = [sys.executable, "-W", "ignore", __file__, what, *overrides]
-    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **(environment or {})})
+    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found: dict[str, float] = json.loads(ended.stdout.splitlines()[-1])
     return found
 
@@ -97,7 +89,7 @@ def predict(overrides: list[str]) -> dict[str, float]:
     config = md.load_config(overrides)
     md.prepare_data(config.data, load_shared_tokenizer(config))
     plan = md.plan(overrides)
-    return {"alive": plan.memory["alive"], "bytes": plan.memory["total"], "seconds": plan.seconds["step"]}
+    return {"bytes": plan.memory["total"], "seconds": plan.seconds["step"]}
 
 
 def measure(overrides: list[str]) -> dict[str, float]:

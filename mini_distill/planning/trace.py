@@ -19,9 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from ..training.heap import HEAP_BLOCK
-
 aten = torch.ops.aten
+
+
+HEAP_BLOCK = 2**25
+"""The C library of Linux keeps smaller blocks in a heap, in whose gaps memory is held that nobody uses; larger ones stand alone."""
 
 
 @dataclass(frozen=True)
