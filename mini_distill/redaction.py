@@ -18,6 +18,7 @@ _HARMLESS = re.compile(
 )
 _IN_URL = re.compile(r"(?P<scheme>[a-zA-Z][\w+.-]*://)[^/?#\s]+@")
 _IN_QUERY = re.compile(r"(?P<name>[?&][^=&\s]*(token|key|secret|password|signature)[^=&\s]*=)[^&#\s]+", re.IGNORECASE)
+_IN_HEADER = re.compile(r"(?P<name>\b(Bearer|Authorization['\"]?\s*:\s*['\"]?\w+)\s+)[\w.~+/=-]{12,}", re.IGNORECASE)
 _KNOWN_FORM = re.compile(r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16})\b")
 
 
@@ -37,11 +38,12 @@ def redact(value: Any, key: str = "") -> Any:
 
 
 def redact_text(text: str) -> str:
-    """`text` without credentials in URLs, tokens of well-known form, and values of the environment's own secrets (HF_TOKEN, …)."""
+    """`text` without credentials in URLs and headers, tokens of well-known form, and values of the environment's own secrets (HF_TOKEN, …)."""
     for secret in _secrets_of_environment():
         text = text.replace(secret, MASK)
     text = _IN_URL.sub(rf"\g<scheme>{MASK}@", text)
     text = _IN_QUERY.sub(rf"\g<name>{MASK}", text)
+    text = _IN_HEADER.sub(rf"\g<name>{MASK}", text)
     return _KNOWN_FORM.sub(MASK, text)
 
 

@@ -61,3 +61,9 @@ def test_the_environments_own_secrets_are_masked_wherever_they_stand(monkeypatch
     assert redact({"data": {"path": "/x/4f1c9aXYZ0815/y", "name": "false-and-long"}}) == {
         "data": {"path": "/x/***/y", "name": "false-and-long"}
     }
+
+
+def test_what_a_header_authorizes_with_is_masked() -> None:
+    assert redact_text("{'Authorization': 'Basic dXNlcjpwYXNzd29yZA=='}") == "{'Authorization': 'Basic ***'}"
+    assert redact_text("sent bearer 0123456789abcdef to host") == "sent bearer *** to host"
+    assert redact_text("the bearer of bad news") == "the bearer of bad news"

@@ -17,6 +17,7 @@ from ..contract import did_you_mean
 from ..errors import DataError
 from .row import Rendered, Row, RowError
 from .text_tokens import TextTokens, bytes_by_offsets, control_ids
+from .time_limit import time_limit
 
 TEMPLATES = Path(__file__).parent / "chat_templates"
 ROLES = ("system", "user", "assistant", "tool")
@@ -29,6 +30,8 @@ OPEN, CLOSE = "\ue000", "\ue001"
 HIDDEN = re.compile(f"({OPEN}.{CLOSE})")
 """Private-use characters stand in for a special token that a user wrote, while the template is rendered."""
 FIRST_CODE = 0xE100
+MOST_SECONDS = 10.0
+"""For a conversation, which takes a template a thousandth of one."""
 MEND = "Mend the row, or set data.on_bad_row=skip."
 
 
@@ -120,7 +123,8 @@ class ChatRenderer:
         """By the template, in transformers' sandbox."""
         context = {"date_string": "26 Jul 2024", **self.tokenizer.special_tokens_map, **options}
         try:
-            result: Any = render_jinja_template([messages], tools=tools, chat_template=self.template, **context)
+            with time_limit(MOST_SECONDS):
+                result: Any = render_jinja_template([messages], tools=tools, chat_template=self.template, **context)
         except Exception as error:  # a template is a program, and may raise anything
             remedy = f"Mend the row, or give another {self.where}.chat_template."
             raise RowError(row.origin, f"the chat template cannot render it{part} ({error})", remedy, "template") from error

@@ -109,7 +109,7 @@ class Shard:
         file = self.folder / f"{name}.npy"
         try:
             return np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # NumPy reads a header as Python's own text, and fails in as many ways
             raise CacheError(str(file), f"cannot be read ({error})", "Build the cache again: only what is damaged is made anew.") from error
 
 
@@ -170,7 +170,7 @@ class Side:
     def _is_ours(self, shard: int) -> bool:
         try:
             return np.array_equal(np.load(self.folder(shard) / f"{MARK}.npy", allow_pickle=False), self.mark(shard))
-        except (OSError, ValueError):
+        except Exception:  # as in Shard._load
             return False
 
     def locate(self, sequence: int) -> tuple[Shard, int]:

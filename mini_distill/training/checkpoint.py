@@ -31,6 +31,7 @@ from .fingerprints import compare_fingerprints as compare_fingerprints
 
 STATE = "state.json"
 FORMAT = 1
+ANOTHER = "Delete this checkpoint: the one before it is used."
 
 logger = logging.getLogger(__name__)
 
@@ -270,6 +271,18 @@ def _without_shared_memory(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Ten
     return distinct, aliases
 
 
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put back the weights of a model of the same shape.
+
+    Raises:
+        StorageError: the checkpoint's are not the model's.
+    """
+    ours, theirs = ({name: tuple(tensor.shape) for name, tensor in found.items()} for found in (model.state_dict(), tensors))
+    if odd := sorted(name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)):
+        raise StorageError("model of the checkpoint", f"its weights are not the model's ({odd[0]} and {len(odd) - 1} more)", ANOTHER)
+    model.load_state_dict(tensors)
+
+
 # -------------------------------------------------------------------------------------------------------------------- optimizer
 
 
@@ -308,7 +321,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: 
     theirs = {name for group in state["groups"] for name in group["parameters"]}
     if ours != theirs:
         odd = sorted(ours ^ theirs)
-        raise StorageError("optimizer of the checkpoint", f"its parameters are not the model's ({odd[0]} and {len(odd) - 1} more)")
+        raise StorageError("optimizer of the checkpoint", f"its parameters are not the model's ({odd[0]} and {len(odd) - 1} more)", ANOTHER)
+    _check_moments(parameters, {**tensors, **state["others"]})
     on_device = {p for group in optimizer.param_groups if group.get("fused") or group.get("capturable") for p in group["params"]}
     optimizer.state.clear()
     for full_name, value in {**tensors, **state["others"]}.items():
@@ -317,6 +331,19 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: 
         if isinstance(value, Tensor):  # a step counter lives on the CPU unless a fused kernel reads it
             value = value.clone() if key == "step" and parameter not in on_device else value.to(parameter.device, copy=True)
         optimizer.state[parameter][key] = value
+
+
+def _check_moments(parameters: Mapping[str, nn.Parameter], found: Mapping[str, Any]) -> None:
+    """An optimizer that has made a step has a state, and its tensors are numbers or of their parameter's shape."""
+    odd = [name for name, value in found.items() if not _is_of(parameters.get(name.rpartition(".")[0]), value)]
+    if parameters and (odd or not found):
+        raise StorageError(
+            "optimizer of the checkpoint", f"its state is not the model's ({', '.join(odd[:2]) or 'there is none'})", ANOTHER
+        )
+
+
+def _is_of(parameter: nn.Parameter | None, value: Any) -> bool:
+    return parameter is not None and (not isinstance(value, Tensor) or not value.dim() or value.shape == parameter.shape)
 
 
 def _plain_options(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from mini_distill.losses.catalogue import divergence_parameters
 from mini_distill.losses.reduction import IGNORE_INDEX, loss_mask
 from mini_distill.models.head import LanguageModel
 
-BAD = [math.nan, math.inf, -math.inf]
+BAD = [math.nan, *(pytest.param(value, marks=pytest.mark.slow) for value in (math.inf, -math.inf))]
 LIVE = sorted(divergence_parameters())
 
 
@@ -263,7 +263,7 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("kind", ENDS)
+@pytest.mark.parametrize("kind", [next(iter(ENDS)), *(pytest.param(kind, marks=pytest.mark.slow) for kind in list(ENDS)[1:])])
 @pytest.mark.parametrize("where", ["loading", "evaluation", "cache", "evaluate"])
 def test_memory_that_runs_out_outside_a_step_names_a_setting(
     where: str, kind: str, tiny_command: list[str], undisturbed: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

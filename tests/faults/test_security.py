@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pickle
+import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import yaml
+from caches import SMALL, build, from_cache, sign
 from runs import TESTS, copy_of, run
 
 from faults.answers import answer_to
 from faults.record import record
+from faults.twins import KINDS
 from mini_distill.cli import load_config
 from mini_distill.config import EvaluateCommand
+from mini_distill.data import chat
 from mini_distill.data.prepare import prepare_data
 from mini_distill.models.loading import load_tokenizer
 from mini_distill.report import report
+from mini_distill.teachers.cache_identity import read_description, write_description
+
+evaluate_module: Any = importlib.import_module("mini_distill.evaluate")
+
+
+def some(cases: Iterable[Any], quick: int) -> list[Any]:
+    """All of them, of which only the first few belong to the quick suite."""
+    return [case if number < quick else pytest.param(case, marks=pytest.mark.slow) for number, case in enumerate(cases)]
+
 
 # ------------------------------------------------------------------------------------------------------------------------- pickles
 
@@ -50,7 +66,7 @@ def canary(tmp_path: Path) -> Canary:
     return Canary(tmp_path / "canary")
 
 
-@pytest.mark.parametrize("name", PICKLES)
+@pytest.mark.parametrize("name", some(PICKLES, 1))
 def test_a_pickle_in_the_folder_of_a_model_or_a_checkpoint_is_not_opened(
     name: str, canary: Canary, tiny_command: list[str], tiny_teacher: Path, undisturbed: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -65,12 +81,105 @@ def test_a_pickle_in_the_folder_of_a_model_or_a_checkpoint_is_not_opened(
     record("files that would run code", injected=3, fired=3, executed=0)
 
 
-@pytest.mark.parametrize("name", ["shard-00000.safetensors", "cache.json", "MANIFEST.json", "targets.npy"])
+@pytest.mark.parametrize("name", some(["cache.json", "MANIFEST.json", "shard-00000.safetensors", "targets.npy"], 1))
 def test_a_pickle_in_a_cache_is_not_opened(name: str, canary: Canary, tiny_command: list[str], small: Path, tmp_path: Path) -> None:
     (small / name).write_bytes(pickle.dumps(canary))
     answer_to(lambda: run([*tiny_command, "teacher=cached", f"teacher.cache_dir={small}"], tmp_path / "run"), 2, 4, 5, 6)
     assert not canary.file.exists()
     record("files that would run code", injected=1, fired=1, executed=0)
+
+
+def test_a_column_of_pickled_objects_is_not_opened_under_a_manifest_that_fits(
+    canary: Canary, tiny_command: list[str], small: Path, tmp_path: Path
+) -> None:
+    columns = sorted(small.rglob("*.npy"))
+    for column in columns:
+        np.save(column, np.array([canary], dtype=object), allow_pickle=True)
+        sign(column.parent)
+    answer = answer_to(lambda: run(from_cache(tiny_command, small), tmp_path / "run"), 5)
+    assert answer.error is not None and not canary.file.exists()
+    record("files that would run code", injected=len(columns), fired=len(columns), executed=0)
+
+
+# -------------------------------------------------------------------------------------------------------------- hostile headers
+
+
+def tensor(begin: int, end: int, dtype: str = "F32", shape: tuple[int, ...] = (1,)) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+def file_with(header: Any, data: bytes = bytes(64), length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+HEADERS = {
+    "longer than any file": file_with({}, length=2**63 - 1),
+    "longer than this file": file_with({}, length=10**6),
+    "of 99 million bytes that are not there": file_with({}, length=99_000_000),
+    "that is no JSON": file_with(b"\x80\x04\x95"),
+    "that is a list": file_with([]),
+    "nested without end": file_with(b"[" * 200_000),
+    "with overlapping tensors": file_with({"a": tensor(0, 4), "b": tensor(2, 6)}),
+    "with two tensors in one place": file_with({"a": tensor(0, 4), "b": tensor(0, 4)}),
+    "with a tensor beyond the file": file_with({"a": tensor(0, 2**40, shape=(2**38,))}),
+    "with offsets in reverse": file_with({"a": tensor(8, 4)}),
+    "with an offset below zero": file_with({"a": tensor(-4, 0)}),
+    "with an offset of 64 bits and more": file_with({"a": tensor(0, 2**64 + 4)}),
+    "with a type that is none": file_with({"a": tensor(0, 4, dtype="PICKLE")}),
+    "with a shape that does not fit": file_with({"a": tensor(0, 4, shape=(2, 2))}),
+    "with a shape that overflows": file_with({"a": tensor(0, 4, shape=(2**62, 2**62, 4))}),
+    "with a shape below zero": file_with({"a": tensor(0, 4, shape=(-1,))}),
+    "with a hole": file_with({"a": tensor(0, 4), "b": tensor(40, 44)}),
+    "with a name twice": file_with(b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": {"dtype": "F32"}}'),
+    "without anything": file_with({}, b""),
+}
+
+
+@pytest.mark.parametrize("kind", some(HEADERS, 2))
+def test_weights_with_a_hostile_header_are_refused_in_a_line(
+    kind: str, tiny_command: list[str], tiny_teacher: Path, tmp_path: Path
+) -> None:
+    teacher = copy_of(tiny_teacher, tmp_path / "teacher")
+    (teacher / "model.safetensors").write_bytes(HEADERS[kind])
+    answer = answer_to(lambda: run([*tiny_command, f"teacher.path={teacher}"], tmp_path / "run"), 4)
+    assert (answer.error is not None and "model.safetensors" in str(answer)) or "teacher.path" in answer.places
+    record("hostile headers", injected=1, fired=1, refused=1)
+
+
+@pytest.mark.parametrize("kind", some(reversed(HEADERS), 1))
+@pytest.mark.parametrize("part", ["model", "optimizer"])
+def test_a_checkpoint_with_a_hostile_header_under_a_manifest_that_fits_is_refused_in_a_line(
+    part: str, kind: str, tiny_command: list[str], undisturbed: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = copy_of(undisturbed("plain"), tmp_path / "run")
+    (folder / "summary.json").unlink()  # as of a run that has not finished
+    for checkpoint in (folder / "checkpoints").iterdir():
+        (checkpoint / f"{part}.safetensors").write_bytes(HEADERS[kind])
+        sign(checkpoint)
+    answer = answer_to(lambda: run([*tiny_command, *KINDS["plain"]], folder), 6)
+    assert answer.error is not None and part in str(answer)
+    record("hostile headers", injected=1, fired=1, refused=1)
+
+
+COLUMNS = {
+    "of a shape that overflows": b"{'descr': '<f4', 'fortran_order': False, 'shape': (4611686018427387904, 4), }",
+    "of a shape below zero": b"{'descr': '<f4', 'fortran_order': False, 'shape': (-1,), }",
+    "that calls": b"{'descr': '<f4', 'fortran_order': False, 'shape': (__import__('os').getpid(),), }",
+    "nested without end": b"(" * 9000,
+    "of objects": b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }",
+}
+
+
+@pytest.mark.parametrize("kind", some(COLUMNS, 1))
+def test_a_column_with_a_hostile_header_is_refused_in_a_line(kind: str, tiny_command: list[str], small: Path, tmp_path: Path) -> None:
+    text = COLUMNS[kind] + b"\n"
+    for column in small.rglob("*.npy"):
+        column.write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + bytes(64))
+        sign(column.parent)
+    answer = answer_to(lambda: run(from_cache(tiny_command, small), tmp_path / "run"), 5)
+    assert answer.error is not None
+    record("hostile headers", injected=1, fired=1, refused=1)
 
 
 # -------------------------------------------------------------------------------------------------------------- code in other files
@@ -103,6 +212,77 @@ def test_a_setting_of_a_run_does_not_read_the_environment(
     config.write_text(config.read_text().replace("text_column: text", "text_column: ${oc.env:PRIVATE_ADDRESS}"))
     answer = answer_to(lambda: load_config([f"model={folder}"], "evaluate", EvaluateCommand), 2)
     assert answer.error is not None or "somewhere-private" not in repr(answer.value)
+    record("files that would run code", injected=1, fired=1, executed=0)
+
+
+def changed_run(folder: Path, **teacher: Any) -> Path:
+    """Its settings of the teacher are others."""
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["teacher"] |= teacher
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def test_the_settings_of_a_run_do_not_decide_whose_code_is_run_or_who_is_shown_a_key(
+    undisturbed: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever evaluated a stranger's run ran the code of the repository that it named, if it said so."""
+    monkeypatch.setenv("MINI_DISTILL_API_KEY", "secret-0123456789")
+    code = changed_run(copy_of(undisturbed("plain"), tmp_path / "code"), trust_remote_code=True)
+    server = changed_run(copy_of(undisturbed("plain"), tmp_path / "server"), kind="server", url="http://host.invalid")
+    answers = [
+        answer_to(lambda folder=folder: load_config([f"model={folder}"], "evaluate", EvaluateCommand), 2) for folder in (code, server)
+    ]
+    assert [answer.places for answer in answers] == [["teacher.trust_remote_code"], ["teacher.url"]]
+    given = load_config([f"model={code}", "teacher=embedded"], "evaluate", EvaluateCommand)
+    assert not given.teacher.trust_remote_code
+    record("files that would run code", injected=2, fired=2, executed=0)
+
+
+def test_where_results_go_is_not_for_a_strangers_settings_to_say(
+    tiny_command: list[str], undisturbed: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder, outside = copy_of(undisturbed("plain"), tmp_path / "run"), tmp_path / "outside"
+    config = yaml.safe_load((folder / "config.yaml").read_text()) | {"output_dir": str(outside)}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert Path(load_config([f"model={folder}"], "evaluate", EvaluateCommand).output_dir) == folder / "evaluation"
+    answer_to(lambda: run([*tiny_command, *KINDS["plain"]], folder), 2, 6)
+    report([str(folder)], output=None)
+    assert not outside.exists()
+    record("links and names that leave a folder", injected=3, fired=3, refused=3)
+
+
+@pytest.mark.parametrize("name", some(["../outside", "/tmp/outside", "train/../../outside"], 1))
+def test_a_side_of_a_cache_is_not_looked_for_outside_it(name: str, tiny_command: list[str], small: Path, tmp_path: Path) -> None:
+    description = read_description(small)
+    description["sides"][name] = description["sides"].pop("train")
+    write_description(small, description)
+    answer = answer_to(lambda: run(from_cache(tiny_command, small), tmp_path / "run"), 5)
+    assert answer.error is not None
+    record("links and names that leave a folder", injected=1, fired=1, refused=1)
+
+
+INSTRUCTIONS = ["${oc.env:HOME}", "${hydra:runtime.cwd}", "!!python/name:os.system", "_target_: os.system", "$(touch x)", "{{ 7 * 7 }}"]
+
+
+def test_instructions_in_data_are_text(tiny_command: list[str], tiny_teacher: Path, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(
+        "".join(json.dumps({"text": text.lower(), "_target_": "os.system", "_args_": ["touch x"]}) + "\n" for text in INSTRUCTIONS)
+    )
+    settings = [f"data.path={file}", "data.eval_fraction=0", "data.packing=false", f"data.cache_dir={tmp_path / 'cache'}"]
+    tokenizer = load_tokenizer(str(tiny_teacher))
+    train = prepare_data(load_config(["data=jsonl", "data.text_column=text", *settings]).data, tokenizer, show_progress=False).train
+    expected = ["<bos>" + tokenizer.decode(tokenizer.encode(text.lower(), add_special_tokens=False)) for text in INSTRUCTIONS]
+    found = [tokenizer.decode(train[i].input_ids.flatten().tolist()).partition("<eos>")[0] for i in range(len(train))]
+    assert sorted(found) == sorted(expected)
+    record("files that would run code", injected=len(INSTRUCTIONS), fired=len(INSTRUCTIONS), executed=0)
+
+
+@pytest.mark.parametrize("key", ["_target_", "teacher._target_", "data._target_", "objective._target_", "trainer._target_"])
+def test_no_setting_makes_an_object_of_a_class(key: str) -> None:
+    answer = answer_to(lambda: load_config([f"+{key}=os.system"]), 2)
+    assert answer.error is not None and "_target_" in str(answer)
     record("files that would run code", injected=1, fired=1, executed=0)
 
 
@@ -142,7 +322,7 @@ ESCAPES = [
 CONVERSATION = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "good day"}]}
 
 
-@pytest.mark.parametrize("escape", ESCAPES)
+@pytest.mark.parametrize("escape", some(ESCAPES, 4))
 def test_a_chat_template_stays_in_its_sandbox(escape: str, canary: Canary, tiny_teacher: Path, tmp_path: Path) -> None:
     template, rows = tmp_path / "template.jinja", tmp_path / "rows.jsonl"
     template.write_text(escape.replace("CANARY", str(canary.file)) + "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
@@ -156,6 +336,26 @@ def test_a_chat_template_stays_in_its_sandbox(escape: str, canary: Canary, tiny_
         (tokens,) = [answer.value.train[0].input_ids.tolist()]
         assert tokenizer.decode(tokens).partition("<pad>")[0].replace("<eos>", "").rstrip() == "user: hi\nassistant: good day"
     record("templates that leave their sandbox", injected=1, fired=1, **{"refused" if answer.error else "harmless": 1})
+
+
+ENDLESS = [
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
+    "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
+    "{{ range(10**12) | list }}",
+]
+
+
+@pytest.mark.parametrize("number", some(range(3), 1))
+def test_a_template_without_end_is_ended(number: int, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "MOST_SECONDS", 0.3)
+    template, rows = tmp_path / "template.jinja", tmp_path / "rows.jsonl"
+    template.write_text(ENDLESS[number])
+    rows.write_text(json.dumps(CONVERSATION) + "\n")
+    settings = [f"data.path={rows}", f"data.chat_template={template}", "data.eval_fraction=0", f"data.cache_dir={tmp_path / 'cache'}"]
+    tokenizer = load_tokenizer(str(tiny_teacher))
+    answer = answer_to(lambda: prepare_data(load_config(["data=chat", *settings]).data, tokenizer, show_progress=False), 3)
+    assert answer.places == [f"{rows}:1"] and "chat template cannot render it" in str(answer)
+    record("templates that leave their sandbox", injected=1, fired=1, refused=1)
 
 
 # -------------------------------------------------------------------------------------------------------------------- secrets
@@ -199,7 +399,50 @@ def test_no_secret_reaches_what_a_run_writes(
     record("secrets in outputs", injected=len(SECRETS), fired=len(SECRETS), found=len(found))
 
 
-@pytest.mark.parametrize("debug", ["debug=false", "debug=true"])
+def test_no_secret_reaches_what_a_cache_an_evaluation_and_a_report_hold(
+    tiny_command: list[str],
+    undisturbed: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    finished = copy_of(undisturbed("plain"), tmp_path / "finished")
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    tokens = f"data.cache_dir={tmp_path / SECRETS['DATABASE_PASSWORD']}"
+    build([*tiny_command, tokens, f"teacher.revision={SECRETS['HF_TOKEN']}"], tmp_path / "out" / "cache", *SMALL)
+    settings = [
+        f"model={finished}",
+        tokens,
+        f"output_dir={tmp_path / 'out' / 'evaluation'}",
+        "evaluation.max_batches=1",
+        "evaluation.speed=false",
+    ]
+    data = [text for text in tiny_command if text.startswith("data")]
+    evaluate_module.evaluate(load_config([*settings, *data], "evaluate", EvaluateCommand))
+    report([str(tmp_path / "out" / "evaluation")], output=str(tmp_path / "out" / "report.html"))
+    found = leaked(everything_in(tmp_path / "out") + "".join(capfd.readouterr()).encode())
+    assert not found
+    record("secrets in outputs", injected=len(SECRETS), fired=len(SECRETS), found=len(found))
+
+
+MARKUP = "<script>alert(1)</script><img src=x onerror=alert(2)>"
+
+
+def test_markup_in_data_and_in_what_models_write_reaches_card_and_page_as_text(
+    tiny_command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mini_distill.evaluation.samples._continue", lambda *_: MARKUP)
+    run([*tiny_command, f'evaluation.prompts=["{MARKUP}"]'], tmp_path / "run")
+    report([str(tmp_path / "run")], output=str(tmp_path / "report.html"))
+    for file in (tmp_path / "run" / "README.md", tmp_path / "run" / "student" / "README.md", tmp_path / "report.html"):
+        text = file.read_text() if file.exists() else ""
+        assert "<script>alert" not in text and "<img" not in text
+    assert "&lt;script&gt;alert(1)" in (tmp_path / "report.html").read_text()
+    record("markup in texts", injected=2, fired=2, escaped=2)
+
+
+@pytest.mark.parametrize("debug", some(["debug=true", "debug=false"], 0))
 def test_no_secret_reaches_what_a_failing_command_writes(debug: str, tiny_command: list[str], tmp_path: Path) -> None:
     """A library, or a user's function, puts them into its exception."""
     environment = {**os.environ, **SECRETS, "LEAK": " ".join([*SECRETS.values(), IN_URL]), "PYTHONPATH": str(TESTS)}
