@@ -1,6 +1,7 @@
 """Run the fault suite and say in numbers what was tried and what came of it.
 
 python -m tests.faults --report runs/faults.json [--quick]
+python -m tests.faults numbers security                       only test_numbers.py and test_security.py
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -32,10 +34,14 @@ BESIDE = [
 def main() -> None:
     """Exit code 1 if a test failed, or none of a family's faults fired; whether each had to, its test says."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="name", help="only these files of tests/faults: numbers is test_numbers.py")
     parser.add_argument("--report", type=Path, help="JSON file to write")
     parser.add_argument("--quick", action="store_true", help="only what the default test run has")
     arguments = parser.parse_args()
-    report = measure(arguments.quick)
+    files = [TESTS / "faults" / f"test_{name}.py" for name in arguments.names]
+    if unknown := [file.name for file in files if not file.is_file()]:
+        parser.error(f"no {', '.join(unknown)} in {TESTS / 'faults'}")
+    report = measure(arguments.quick, files or [TESTS / "faults", *(TESTS / name for name in BESIDE)])
     print(table(report))
     if arguments.report:
         arguments.report.parent.mkdir(parents=True, exist_ok=True)
@@ -44,14 +50,13 @@ def main() -> None:
     sys.exit(0 if fired and report["families"] and report["passed"] and not report["failed"] else 1)
 
 
-def measure(quick: bool) -> dict[str, Any]:
+def measure(quick: bool, files: Sequence[Path]) -> dict[str, Any]:
     """Run the tests; their counts by family, and where and how long they ran."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         lines, results = Path(folder) / "lines.jsonl", Path(folder) / "results.xml"
         chosen = "not gpu and not network" + (" and not slow" if quick else "")
-        files = [str(TESTS / "faults"), *(str(TESTS / name) for name in BESIDE)]
-        command = [sys.executable, "-m", "pytest", "-q", "-m", chosen, f"--junitxml={results}", *files]
+        command = [sys.executable, "-m", "pytest", "-q", "-m", chosen, f"--junitxml={results}", *map(str, files)]
         subprocess.run(command, env={**os.environ, VARIABLE: str(lines)}, cwd=TESTS.parent)
         recorded = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
         counts = outcomes(results) if results.exists() else {"passed": 0, "failed": 1, "skipped": 0}

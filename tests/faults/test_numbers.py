@@ -172,7 +172,7 @@ def test_a_student_that_is_not_finite_ends_the_run_before_it_is_saved(
     monkeypatch.setattr(module, "distill_step", poison)
     answer = answer_to(lambda: run([*tiny_command, "trainer.save_every=1"], tmp_path / "run"), 7)
     assert "step 3" in stopped(answer, tmp_path / "run")
-    record("numbers that are not finite", injected=1, fired=len(calls) // 3, refused=1)
+    record("numbers that are not finite", injected=1, fired=int(len(calls) >= 3), refused=1)
 
 
 def test_a_learning_rate_far_too_high_ends_in_a_line_or_in_finite_weights(tiny_command: list[str], tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_extreme_temperatures_and_a_sure_teacher_stay_finite(
         nothing_bad_is_kept(tmp_path / "run")
     else:
         assert "temperature" in str(answer)  # the losses that know none refuse one
-    record("extreme temperatures", injected=1, fired=1, **{"refused" if answer.error else "exact": 1})
+    record("extreme temperatures", injected=1, fired=1, **{"refused" if answer.error else "finite": 1})
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "1e400"])
