@@ -54,13 +54,13 @@ def run_as_job(config: Config, overrides: Sequence[str], number: int, num_at_onc
     command = [sys.executable, "-m", "mini_distill.train", *overrides, f"output_dir={_quoted(folder)}", *flags]
     code = _run(command, folder / JOB_LOG, _environment(config, num_at_once))
     seconds = time.perf_counter() - started
-    error = _last_line(folder / JOB_LOG) if code else ""
+    error = _last_line(folder / JOB_LOG) if code > 0 else ""  # who is killed has no last words
     _note(
         folder.parent / JOBS,
         {"job": number, "overrides": list(overrides), "folder": folder.name, "exit_code": code, "seconds": seconds, "error": error},
     )
     print(
-        f"{name}: " + (f"failed ({how_it_ended(code)}) {error}" if code else f"finished in {seconds:.0f} s{_result(folder, config)}"),
+        f"{name}: " + (f"failed ({how_it_ended(code)}) {error}".rstrip() if code else f"finished in {seconds:.0f} s{_result(folder, config)}"),
         flush=True,
     )
     return code if code >= 0 else 128 - code
