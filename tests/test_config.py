@@ -22,6 +22,7 @@ NEEDED = {
     "data/chat": ["data.path={file}"],
     "data/hub": ["data.path=some/data"],
     "data/mixture": ["data.mixture={{a: {{source: python_stdlib, weight: 2}}, b: {{source: text, path: '{file}'}}}}"],
+    "sweep/optuna": ["hydra/sweeper=optuna"],
     "experiment/tinystories_75k": ["teacher.path=some/model", "data.path={file}"],
 }
 """What a preset that leaves something open needs besides."""

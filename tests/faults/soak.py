@@ -96,7 +96,8 @@ class Punisher:
         with open(self.folder.with_suffix(".log"), "ab") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
-        logging.basicConfig(force=True)  # warnings to the descriptor above, not to the test's own handlers
+        sys.stderr = os.fdopen(2, "w", buffering=1)  # pytest has put something of its own in its place
+        logging.basicConfig(force=True, stream=sys.stderr)  # warnings too, and not to the test's own handlers
         self.train()
 
     def _left_alone(self) -> int:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from faults.answers import answer_to
 from faults.record import record
-from faults.test_malformed_configuration import CASES, NEEDED, ODD, leaves
+from faults.test_malformed_configuration import CASES, NEEDED, ODD, leaves, value_at
 from mini_distill.cli import CONTRACTS, config_dir, load_config
 from mini_distill.config import Config
 from mini_distill.contract import build_config
@@ -36,11 +36,24 @@ SETTINGS = st.sampled_from([key for command, key in CASES if command == "contrac
 PATHS = SETTINGS | st.text(max_size=15) | st.tuples(SETTINGS, st.text(max_size=4)).map("".join)
 
 
+def plausible() -> list[tuple[str, Any]]:
+    """Settings with values of their type: the default, and numbers a little larger."""
+    found = []
+    for key in leaves(Config):
+        value = value_at(Config(), key)
+        more = [value + 1, 2 * value] if isinstance(value, int | float) and not isinstance(value, bool) else [value]
+        found += [(key, entry) for entry in [value, *more]]
+    return found
+
+
+PAIRS = st.sampled_from(plausible()) | st.tuples(SETTINGS, SCALARS) | st.tuples(PATHS, VALUES)
+
+
 @st.composite
 def trees(draw: Any) -> dict[str, Any]:
     """Nested mappings, mostly of settings that exist."""
     tree: dict[str, Any] = {}
-    for key, value in draw(st.lists(st.tuples(PATHS, VALUES), max_size=5)):
+    for key, value in draw(st.lists(PAIRS, max_size=3)):
         *groups, name = key.split(".")
         at = tree
         for group in groups:
