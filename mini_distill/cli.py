@@ -18,7 +18,7 @@ from .config import CacheCommand, Config, EvaluateCommand, PlanCommand
 from .contract import as_it_stands, build_config
 from .errors import ConfigError, MiniDistillError, Preempted
 from .out_of_memory import is_out_of_memory, out_of_memory
-from .overrides import fixed_keys, missing_preset, override, prepare_overrides, run_name
+from .overrides import fixed_keys, missing_preset, prepare_overrides, run_name
 from .redaction import print_traceback, redact_text
 from .written import read_object, read_settings
 
@@ -103,14 +103,12 @@ def value_of(composed: DictConfig) -> float | None:
 def _run_job_of_sweep(sweep: Path, composed: DictConfig, folders: Sequence[Path]) -> int:
     from hydra.core.hydra_config import HydraConfig
 
-    from .sweep import TARGETS, job_folder, run_as_job
+    from .sweep import run_as_job
 
     overrides, hydra = _job_overrides(), HydraConfig.get()
     if composed.get("output_dir") is None:
-        composed["output_dir"] = str(sweep / job_folder(overrides, hydra.job.config.override_dirname.exclude_keys))
-    if composed.get("sweep_cache") is not None:
-        composed["sweep_cache"], composed.teacher["cache_dir"] = None, str(sweep / TARGETS)
-        overrides += ["sweep_cache=null", override("teacher.cache_dir", str(sweep / TARGETS))]
+        same = set(hydra.job.config.override_dirname.exclude_keys)
+        composed["output_dir"] = str(sweep / run_name([text for text in overrides if text.lstrip("+~").partition("=")[0] not in same]))
     config = _checked(composed, lambda: overrides, Config)
     flags = [argument for folder in folders if folder != config_dir() for argument in ("--config-dir", str(folder))]
     flags += [text for text in hydra.overrides.hydra if text.startswith("hydra/")]  # the sweeper that a preset has settings for

@@ -265,7 +265,6 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     seed: int = option(0, "Decides weights, data order and dropout", at_least=0, below=2**32)
     output_dir: str | None = option(None, "Folder of the run; null: runs/<the overrides>, so that the same command finds its run again")
-    sweep_cache: str | None = option(None, "A sweep (-m) writes the teacher's targets down once, as a cache of this kind, and all its jobs train on them; null: each job asks the teacher", choices=CACHE_KINDS)
     control: bool = option(False, "Then train the same student again without the teacher (same weights, order, steps, rates), and say how much of the gap was closed")
     resume: str = option("auto", "auto: go on from output_dir's newest good checkpoint; never: start anew, the old run is moved aside; or a checkpoint folder")
     resume_allow: list[str] = option([], "Settings that may differ from the run that is resumed, such as trainer.max_steps")

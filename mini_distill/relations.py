@@ -359,11 +359,6 @@ def _check_cached(config: Config) -> Iterator[Problem]:
         kind, temperature = cache["kind"], cache["temperature"]
     except (OSError, ValueError, KeyError, TypeError):
         return  # said, with what to do, where the cache is opened
-    yield from check_targets(config, kind, temperature)
-
-
-def check_targets(config: Config, kind: str, temperature: float) -> Iterator[Problem]:
-    """What the objective wants and a cache of this kind, written at this temperature, does not hold."""
     for where, (name, at, weight) in _compared(config).items():
         setting = f"{where}.divergence" if where == "objective" else f"{where}.kind"
         if weight == 0:
@@ -451,9 +446,6 @@ def _check_trainer(config: Config) -> Iterator[Problem]:
         yield Problem("trainer.warmup_steps", f"got {trainer.warmup_steps}, expected less than trainer.max_steps={trainer.max_steps}")
     if trainer.export == "best" and trainer.eval_every is None:
         yield Problem("trainer.export", "best, and only the last step is evaluated", "Set trainer.eval_every, or trainer.export=last.")
-    if config.sweep_cache is not None:
-        remedy = "Sweep with -m, or write a cache yourself: python -m mini_distill.cache."
-        yield Problem("sweep_cache", f"got {config.sweep_cache}, and this is a single run", remedy)
     best = config.evaluation.best_metric
     if not config.evaluation.hooks and best not in EVALUATION_METRICS:
         remedy = did_you_mean(best, list(EVALUATION_METRICS)) or f"Known: {', '.join(EVALUATION_METRICS)}, and those of your hooks."

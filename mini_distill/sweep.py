@@ -3,8 +3,6 @@
     multirun/<the command's overrides>/
       <the job's overrides>/   an ordinary run, with job.log: what it printed
       jobs.jsonl               a line for each job that ended: overrides, folder, exit code, seconds, error
-      sweep.json               the command, and the folder and overrides of each job of a grid (sweep_start.py)
-      targets/                 with sweep_cache: what the teacher says, written down before the first job
 
 The same command again runs what is missing: a killed job goes on from its checkpoint, a failed one is tried again, a finished one with the
 same settings is left alone. (Data that changed in between is noticed when a job is run, not when it is left alone.)
@@ -20,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,14 +26,11 @@ from typing import Any
 import yaml
 
 from .config import Config
-from .overrides import override, run_name
 from .redaction import redact
 from .storage import storage_errors
 from .training.run_folder import JOB_LOG
 
 JOBS = "jobs.jsonl"
-PLAN = "sweep.json"
-TARGETS = "targets"
 STOPPED = (130, 143)
 
 
@@ -56,7 +51,7 @@ def run_as_job(config: Config, overrides: Sequence[str], number: int, num_at_onc
         return 0
     print(f"{name}: running, see {folder / JOB_LOG}", flush=True)
     started = time.perf_counter()
-    command = [sys.executable, "-m", "mini_distill.train", *overrides, override("output_dir", str(folder)), *flags]
+    command = [sys.executable, "-m", "mini_distill.train", *overrides, f"output_dir={_quoted(folder)}", *flags]
     code = _run(command, folder / JOB_LOG, _environment(config, num_at_once))
     seconds = time.perf_counter() - started
     error = _last_line(folder / JOB_LOG) if code > 0 else ""  # who is killed has no last words
@@ -65,16 +60,10 @@ def run_as_job(config: Config, overrides: Sequence[str], number: int, num_at_onc
         {"job": number, "overrides": list(overrides), "folder": folder.name, "exit_code": code, "seconds": seconds, "error": error},
     )
     print(
-        f"{name}: "
-        + (f"failed ({how_it_ended(code)}) {error}".rstrip() if code else f"finished in {seconds:.0f} s{_result(folder, config)}"),
+        f"{name}: " + (f"failed ({how_it_ended(code)}) {error}".rstrip() if code else f"finished in {seconds:.0f} s{_result(folder, config)}"),
         flush=True,
     )
     return code if code >= 0 else 128 - code
-
-
-def job_folder(overrides: Sequence[str], fixed: Collection[str]) -> str:
-    """What a job's folder is called: its overrides, without the keys that have one value in all jobs."""
-    return run_name([text for text in overrides if text.lstrip("+~").partition("=")[0] not in fixed])
 
 
 def is_finished(folder: Path, config: Config) -> bool:
@@ -123,13 +112,13 @@ def _run(command: list[str], log: Path, environment: dict[str, str]) -> int:
         log.parent.mkdir(parents=True, exist_ok=True)
         file = log.open("ab")
     settings: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "env": environment, "start_new_session": True}
-    with file, subprocess.Popen(command, stdout=file, **settings) as job, passing_on_signals(job):
+    with file, subprocess.Popen(command, stdout=file, **settings) as job, _passing_on_signals(job):
         return job.wait()
 
 
 @contextmanager
-def passing_on_signals(job: subprocess.Popen[bytes]) -> Iterator[None]:
-    """SIGTERM and Ctrl-C reach a process that is in a session of its own, so that it gets each once."""
+def _passing_on_signals(job: subprocess.Popen[bytes]) -> Iterator[None]:
+    """SIGTERM and Ctrl-C reach the job, which is in a session of its own so that it gets each once."""
 
     def pass_on(number: int, frame: Any) -> None:
         job.send_signal(number)
@@ -176,3 +165,9 @@ def _result(folder: Path, config: Config) -> str:
     except (OSError, ValueError):
         value = None
     return "" if value is None else f", {config.evaluation.best_metric} {value:.4g}"
+
+
+def _quoted(path: Path) -> str:
+    """As Hydra takes a text with any characters."""
+    text = str(path).replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{text}"'

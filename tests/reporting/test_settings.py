@@ -12,8 +12,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from measured_folders import settings
 
-from mini_distill.overrides import override
-from mini_distill.reporting.settings import command_of, presets
+from mini_distill.reporting.settings import command_of, override, presets
 
 
 @pytest.mark.parametrize(
