@@ -60,7 +60,8 @@ def run_as_job(config: Config, overrides: Sequence[str], number: int, num_at_onc
         {"job": number, "overrides": list(overrides), "folder": folder.name, "exit_code": code, "seconds": seconds, "error": error},
     )
     print(
-        f"{name}: " + (f"failed ({how_it_ended(code)}) {error}".rstrip() if code else f"finished in {seconds:.0f} s{_result(folder, config)}"),
+        f"{name}: "
+        + (f"failed ({how_it_ended(code)}) {error}".rstrip() if code else f"finished in {seconds:.0f} s{_result(folder, config)}"),
         flush=True,
     )
     return code if code >= 0 else 128 - code
