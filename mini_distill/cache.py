@@ -4,6 +4,7 @@ python -m mini_distill.cache teacher=… data=… cache.dir=…            build
 python -m mini_distill.cache verify teacher=… data=… cache.dir=…     score a random sample again with the live teacher
 python -m mini_distill.cache info cache.dir=…                        what it is
 python -m mini_distill.train teacher=cached teacher.cache_dir=… …    train from it
+python -m mini_distill.train teacher.cache_kind=hidden …             build it, unless another run has, and train from it
 """
 
 from __future__ import annotations
@@ -29,10 +30,11 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .config import CacheCommand
+from .config import CacheCommand, Config
 from .data.order import Stream
 from .data.prepare import prepare_data
 from .data.tokenizers import tokenizer_fingerprint, vocabulary_size
@@ -48,6 +50,7 @@ from .models.identity import weights_fingerprint
 from .models.packed_documents import check_documents_kept_apart
 from .run import CallableCache
 from .storage import atomic_write_text, size_text, verify_folder
+from .targets import cache_command
 from .teachers.cache_build import CacheBuilder
 from .teachers.cache_identity import identity, read_description, write_description
 from .teachers.cached import CachedTeacher, open_side
@@ -57,8 +60,12 @@ from .teachers.server import ServerTeacher, open_server
 from .training.signals import StopRequest
 
 
-def build(config: CacheCommand) -> dict[str, Any]:
+def build(config: CacheCommand, wait: bool = False) -> dict[str, Any]:
     """Score what is not scored yet, and describe the whole.
+
+    Args:
+        config: What to ask whom, and where to write it.
+        wait: For another process that builds there, instead of refusing.
 
     Returns:
         The summary, also in `<cache.dir>/summary.json`: tokens, bytes per token on disk, captured mass, seconds.
@@ -73,7 +80,7 @@ def build(config: CacheCommand) -> dict[str, Any]:
         builder, wanted, facts = _prepare(config, accelerator, stop)
         if accelerator.is_main_process:
             builder.check_space(0)
-            held.enter_context(FolderLock(folder))  # another builder gets one line
+            held.enter_context(FolderLock(folder, builder.check_stop if wait else None))  # another builder gets one line
             builder.describe(wanted, facts, load_teacher_tokenizer(config.teacher))
         accelerator.wait_for_everyone()
         description = read_description(folder)
@@ -93,6 +100,28 @@ def build(config: CacheCommand) -> dict[str, Any]:
             print(_result(folder, summary))
         accelerator.wait_for_everyone()
         return summary
+
+
+def write_targets(config: Config) -> None:
+    """The cache of a run with `teacher.cache_kind`, unless it is there and whole.
+
+    Runs that want the same one at the same time, such as the jobs of a sweep, wait for the first of them.
+
+    Raises:
+        MiniDistillError, Preempted: as `build`.
+    """
+    command = cache_command(config)
+    accelerator = start_processes(command.precision, command.num_threads)
+    if not broadcast_object_list([accelerator.is_main_process and _is_whole(_folder(command))])[0]:  # the main process decides for all
+        build(command, wait=True)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        description = read_description(folder)
+    except CacheError:
+        return False
+    return description["complete"] and not any(open_side(folder, description, side).damaged() for side in description["sides"])
 
 
 def verify(config: CacheCommand) -> dict[str, float]:

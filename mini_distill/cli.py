@@ -20,6 +20,7 @@ from .errors import ConfigError, MiniDistillError, Preempted
 from .out_of_memory import is_out_of_memory, out_of_memory
 from .overrides import fixed_keys, missing_preset, prepare_overrides, run_name
 from .redaction import print_traceback, redact_text
+from .targets import cache_command, default_folder
 from .written import read_object, read_settings
 
 if TYPE_CHECKING:
@@ -106,6 +107,7 @@ def _run_job_of_sweep(sweep: Path, composed: DictConfig, folders: Sequence[Path]
     from .sweep import run_as_job
 
     overrides, hydra = _job_overrides(), HydraConfig.get()
+    _check_direction(str(hydra.sweeper.get("direction", "")), composed)
     if composed.get("output_dir") is None:
         same = set(hydra.job.config.override_dirname.exclude_keys)
         composed["output_dir"] = str(sweep / run_name([text for text in overrides if text.lstrip("+~").partition("=")[0] not in same]))
@@ -113,6 +115,15 @@ def _run_job_of_sweep(sweep: Path, composed: DictConfig, folders: Sequence[Path]
     flags = [argument for folder in folders if folder != config_dir() for argument in ("--config-dir", str(folder))]
     flags += [text for text in hydra.overrides.hydra if text.startswith("hydra/")]  # the sweeper that a preset has settings for
     return run_as_job(config, overrides, hydra.job.num, int(hydra.launcher.get("n_jobs") or 1), flags)
+
+
+def _check_direction(direction: str, composed: DictConfig) -> None:
+    """A search (Optuna) that prefers what the runs call worse would find the worst."""
+    best = OmegaConf.select(composed, "evaluation.best_is")
+    wrong = {"lowest": "maximize", "highest": "minimize"}.get(best, "")
+    if wrong and direction.lower().endswith(wrong):
+        what = f"{wrong}, and the best evaluation.best_metric is the {best}"
+        raise ConfigError("hydra.sweeper.direction", what, "Set it to the other, or set evaluation.best_is.")
 
 
 def _sweep_folder() -> Path | None:
@@ -149,12 +160,14 @@ def load_config(overrides: Sequence[str] = (), config_name: str = "train", schem
 
 
 def _checked(composed: DictConfig, overrides: Callable[[], Sequence[str]], schema: type) -> Any:
-    """The configuration, complete, with a folder for what comes out."""
+    """The configuration, complete, with folders for what comes out."""
     if schema is EvaluateCommand:
         composed = with_settings_of_run(composed, overrides())
     config = build_config(composed, schema)
     if schema in RESULTS and config.output_dir is None:
         config.output_dir = f"{RESULTS[schema]}/{run_name(overrides())}"
+    if isinstance(config, Config) and config.teacher.cache_kind is not None and config.teacher.cache_dir is None:
+        config.teacher.cache_dir = str(default_folder(cache_command(config)))
     return config
 
 
@@ -176,7 +189,7 @@ def with_settings_of_run(composed: DictConfig, overrides: Sequence[str]) -> Dict
     if "teacher" not in given:
         _check_trusted(of_run.get("teacher", {}), run / "config.yaml")
     if "teacher" not in given and composed.teacher.get("kind") != "cached":
-        composed.teacher.cache_dir = None  # the live teacher stood beside the cache
+        composed.teacher.cache_dir = composed.teacher.cache_kind = None  # the live teacher stood beside the cache
     composed["model"] = str(run / "student")
     if composed.get("output_dir") is None:
         composed["output_dir"] = str(run / "evaluation")

@@ -45,6 +45,7 @@ class TeacherConfig:
     attn_implementation: str | None = option(None, "sdpa, eager, flash_attention_2, …; null: what transformers picks")
     trust_remote_code: bool = option(False, "Run Python code from the repository; only with a pinned revision you have read")
     cache_dir: str | None = option(None, "Train on the targets of this cache (python -m mini_distill.cache); a live teacher beside it only evaluates and initialises")
+    cache_kind: str | None = option(None, "Write the targets down first, as a cache of this kind, and train on them: in cache_dir, or in ~/.cache/mini_distill, where all runs with this teacher and data find them", choices=CACHE_KINDS)
     gated: bool = option(False, "The hub repository asks for a licence and a token; only makes the error message say so")
     url: str | None = option(None, "server: its address, such as http://host:8000; a key it wants is read from MINI_DISTILL_API_KEY alone")
     model: str | None = option(None, "server: name of the model there; null: the only one")

@@ -8,6 +8,9 @@ import fcntl
 import json
 import logging
 import os
+import sys
+import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,10 @@ LOCK = ".lock"
 logger = logging.getLogger(__name__)
 
 
+class InUse(StorageError):
+    """Another process has the folder."""
+
+
 class FolderLock:
     """`with FolderLock(folder): …`: the folder is this process's alone. The lock of a dead process on this host is taken over.
 
@@ -28,15 +35,34 @@ class FolderLock:
     process lives, the kernel's own lock on that file (flock) makes creation and take-over free of races and indifferent to a
     process number that has been given to another process.
 
+    Args:
+        folder: That is there.
+        while_waiting: Called every second for as long as another process has the folder, and may raise; None: it is not waited for.
+
     Raises:
         StorageError: another process, named with its host, has the folder; or the lock cannot be written.
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, while_waiting: Callable[[], None] | None = None) -> None:
         self.file = Path(folder) / LOCK
+        self._while_waiting = while_waiting
         self._descriptor = -1
 
     def __enter__(self) -> FolderLock:
+        told = ""
+        while True:
+            try:
+                return self._enter()
+            except InUse as error:
+                if self._while_waiting is None:
+                    raise
+                if str(error) != told:
+                    told = str(error)
+                    print(f"waiting: {told}", file=sys.stderr, flush=True)
+                self._while_waiting()
+            time.sleep(1)
+
+    def _enter(self) -> FolderLock:
         with storage_errors(self.file, "lock the folder"):
             self._descriptor = self._open_and_lock()
             try:
@@ -74,12 +100,12 @@ class FolderLock:
             raise self._in_use(owner)
         logger.warning("%s: taken over from process %s, which is gone", self.file, owner["pid"])
 
-    def _in_use(self, owner: dict[str, Any]) -> StorageError:
+    def _in_use(self, owner: dict[str, Any]) -> InUse:
         what = f"in use by process {owner['pid']} on host {owner['host']} since {owner['started']}"
         remedy = "Wait for it, stop it, or choose another folder."
         if owner["host"] != this_host():
             remedy = f"Choose another folder; or, if that process is gone, delete {self.file}."
-        return StorageError(str(self.file.parent), what, remedy)
+        return InUse(str(self.file.parent), what, remedy)
 
     def _close(self) -> None:
         _release(self._descriptor)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 GROUPS = [f.name for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.default_factory)]
 """Groups of the contract: one preset of each is always chosen. `experiment`, and a user's own groups, may be left out."""
+
+_PLAIN = re.compile(r"[A-Za-z_./][A-Za-z0-9_./+*@-]*")  # a text that Hydra takes without quotes
 
 
 def prepare_overrides(overrides: Sequence[str], folders: Sequence[Path], sweep: bool = False) -> list[str]:
@@ -78,6 +81,23 @@ def _as_text(key: str, value: str) -> str:
     """As Hydra takes a text of any characters."""
     text = value.replace("\\", "\\\\").replace('"', '\\"')
     return f'{key}="{text}"'
+
+
+def override(key: str, value: object) -> str:
+    """`key=value` in Hydra's grammar, before the shell's quotes; the value may be a list or a mapping."""
+    return f"{key}={_in_grammar(value)}"
+
+
+def _in_grammar(value: object) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_in_grammar(key)}: {_in_grammar(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_in_grammar, value)) + "]"
+    if not isinstance(value, str):
+        return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
+    if _PLAIN.fullmatch(value) and value.lower() not in ("null", "true", "false", "nan", "inf"):
+        return value
+    return '"' + re.sub(r'(\\*)("|$)', lambda m: m[1] * 2 + ("\\" + m[2] if m[2] else ""), value) + '"'
 
 
 def _quoted(key: str, value: str) -> str:

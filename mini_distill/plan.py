@@ -192,6 +192,8 @@ def _notes(config: PlanCommand, data: DataSize) -> list[str]:
     matching = [name for name, term in objective_terms(config.objective).items() if term.kind in matching_parameters()]
     if matching:
         notes.append(f"Not in the figures: the inner states that {', '.join(matching)} compares.")
+    if config.teacher.cache_kind is not None:
+        notes.append("Not in the figures: writing the teacher's targets, which python -m mini_distill.cache predicts when it begins.")
     if config.teacher.cache_dir is not None:
         notes.append("Not in the figures: the terms against the cache's targets, which are short lists.")
     if config.teacher.kind == "server":

@@ -30,6 +30,7 @@ from .config import (
 from .contract import DataOnly, build_config, did_you_mean, known_keys, named_groups, objective_terms, shown
 from .errors import ConfigError, Problem
 from .losses.catalogue import divergence_parameters, matching_parameters
+from .targets import cache_command
 
 
 def check_relations(config: Config) -> list[Problem]:
@@ -62,7 +63,7 @@ def check_evaluate_command(command: EvaluateCommand) -> list[Problem]:
         problems.append(Problem("model", "missing", "Give the folder of a model or of a run, or a hub id."))
     else:
         problems += check_local_path("model", command.model)
-    if command.teacher.kind == "cached" or command.teacher.cache_dir:
+    if command.teacher.kind == "cached" or command.teacher.cache_dir or command.teacher.cache_kind:
         problems.append(Problem("teacher", "a cache cannot be asked for new text", "Give the live teacher, or teacher=none."))
     for name, schema in (("pairs", PairsConfig), ("choices", ChoicesConfig)):
         try:
@@ -89,8 +90,10 @@ def _check_cache(command: CacheCommand) -> Iterator[Problem]:
     cache = command.cache
     if cache.dir is None:
         yield Problem("cache.dir", "missing", "Give the folder of the cache.")
-    if command.teacher.kind in ("none", "cached") or command.teacher.cache_dir:
-        yield Problem("teacher", "nobody to ask", "Choose teacher=embedded, hf or server, without teacher.cache_dir.")
+    if command.teacher.kind in ("none", "cached") or command.teacher.cache_dir or command.teacher.cache_kind:
+        yield Problem(
+            "teacher", "nobody to ask", "Choose teacher=embedded, hf or server, without teacher.cache_dir and teacher.cache_kind."
+        )
     if command.teacher.kind == "server":
         yield from _check_cache_of_server(command)
     belongs = {
@@ -136,6 +139,9 @@ def _check_server(teacher: TeacherConfig) -> Iterator[Problem]:
             yield Problem(f"teacher.{name}", "given, and the model runs on a server", "Leave it out, and set it there.")
     if teacher.cache_dir is not None:
         yield Problem("teacher.cache_dir", "given, and teacher.kind is server", "Choose teacher=cached: the cache needs no server.")
+    if teacher.cache_kind is not None:
+        remedy = "Write it (python -m mini_distill.cache teacher=server …), and train with teacher=cached."
+        yield Problem("teacher.cache_kind", "given, and teacher.kind is server", remedy)
 
 
 def _check_models(teacher: TeacherConfig, student: StudentConfig) -> Iterator[Problem]:
@@ -155,7 +161,9 @@ def _check_models(teacher: TeacherConfig, student: StudentConfig) -> Iterator[Pr
         )
     if teacher.kind == "none" and teacher.cache_dir is not None:
         yield Problem("teacher.cache_dir", "given, and teacher.kind is none", "Choose teacher=cached.")
-    if teacher.cache_dir is not None:
+    if teacher.kind in ("none", "cached") and teacher.cache_kind is not None:
+        yield Problem("teacher.cache_kind", f"given, and teacher.kind is {teacher.kind}: nobody to ask", "Leave it out.")
+    if teacher.cache_dir is not None and teacher.cache_kind is None:
         yield from check_local_path("teacher.cache_dir", teacher.cache_dir, is_local=True)
     if teacher.kind == "none" and student.kind == "scratch" and student.tokenizer is None:
         yield Problem("student.tokenizer", "missing, and there is no teacher to take one from", "Give the folder or hub id of a tokenizer.")
@@ -325,6 +333,9 @@ def _check_objective(config: Config) -> Iterator[Problem]:
         yield Problem(f"objective.terms.{min(taken)}", "has the name of another term", "Choose a name of its own, and set its kind.")
     if config.teacher.kind == "server":
         yield from _check_served(config)
+    elif config.teacher.cache_kind is not None:
+        cache = cache_command(config).cache
+        yield from _check_targets(config, cache.kind, cache.temperature)
     elif config.teacher.cache_dir is not None:
         yield from _check_cached(config)
     for name, points in objective.schedules.items():
@@ -359,18 +370,24 @@ def _check_cached(config: Config) -> Iterator[Problem]:
         kind, temperature = cache["kind"], cache["temperature"]
     except (OSError, ValueError, KeyError, TypeError):
         return  # said, with what to do, where the cache is opened
+    yield from _check_targets(config, kind, temperature)
+
+
+def _check_targets(config: Config, kind: str, temperature: float) -> Iterator[Problem]:
+    """What the objective wants and a cache of this kind and temperature does not hold."""
     for where, (name, at, weight) in _compared(config).items():
         setting = f"{where}.divergence" if where == "objective" else f"{where}.kind"
         if weight == 0:
             continue
         if name in matching_parameters():
-            yield Problem(setting, f"{name} looks into the teacher, and there is only a cache", "Leave out teacher.cache_dir.")
+            yield Problem(setting, f"{name} looks into the teacher, and there is only a cache", "Leave the cache out.")
         elif kind == "sampled" and name != "forward_kl":
             what = f"{name} from sampled targets is biased: only the forward KL is linear in the teacher's distribution"
-            yield Problem(setting, what, "Use objective=forward_kl, or build the cache with cache.kind=hidden, full or topk.")
+            yield Problem(setting, what, "Use objective=forward_kl, or a cache of kind hidden, full or topk.")
         elif kind != "hidden" and at != temperature:
-            what = f"got {at}, and the cache was written at temperature {temperature}"
-            yield Problem(f"{where}.temperature", what, f"Train at {temperature}, or build the cache with cache.temperature={at}.")
+            what = f"got {at}, and the cache's temperature is {temperature}"
+            remedy = f"Train at {temperature}, or from a cache written at {at}; kind hidden holds at any."
+            yield Problem(f"{where}.temperature", what, remedy)
 
 
 def _check_term(term: TermConfig, where: str, config: Config) -> Iterator[Problem]:

@@ -26,6 +26,7 @@ from typing import Any
 import yaml
 
 from .config import Config
+from .overrides import override
 from .redaction import redact
 from .storage import storage_errors
 from .training.run_folder import JOB_LOG
@@ -51,7 +52,7 @@ def run_as_job(config: Config, overrides: Sequence[str], number: int, num_at_onc
         return 0
     print(f"{name}: running, see {folder / JOB_LOG}", flush=True)
     started = time.perf_counter()
-    command = [sys.executable, "-m", "mini_distill.train", *overrides, f"output_dir={_quoted(folder)}", *flags]
+    command = [sys.executable, "-m", "mini_distill.train", *overrides, override("output_dir", str(folder)), *flags]
     code = _run(command, folder / JOB_LOG, _environment(config, num_at_once))
     seconds = time.perf_counter() - started
     error = _last_line(folder / JOB_LOG) if code > 0 else ""  # who is killed has no last words
@@ -166,9 +167,3 @@ def _result(folder: Path, config: Config) -> str:
     except (OSError, ValueError):
         value = None
     return "" if value is None else f", {config.evaluation.best_metric} {value:.4g}"
-
-
-def _quoted(path: Path) -> str:
-    """As Hydra takes a text with any characters."""
-    text = str(path).replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{text}"'

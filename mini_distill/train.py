@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .cache import write_targets
 from .compare import control_of
 from .config import Config
 from .data.batch import Batch
@@ -53,6 +54,8 @@ def train(config: Config) -> dict[str, Any]:
     """
     control = train(control_of(config)) if config.control else None  # the same student without the teacher, in a folder of its own
     with open_run(config) as (run, stop, tracker):
+        if config.teacher.cache_kind is not None:
+            write_targets(config)  # unless another run has
         d = prepare(config, run, tracker)  # tokenizer, teacher, student, data, objective, optimizer
         last_step = d.resume()  # 0 for a new run
         if (summary := already_finished(d, last_step, control)) is not None:

@@ -11,6 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,12 +38,13 @@ from caches import (
     without,
 )
 from faults.injection import count_operations, in_child
-from runs import before_step, copy_of, fork, forks, in_processes, rows, run, send, wait
+from runs import before_step, checked, copy_of, fork, forks, in_processes, rows, run, send, wait
 
 from mini_distill.cli import load_config, report
-from mini_distill.config import CacheCommand
+from mini_distill.config import CacheCommand, Config
 from mini_distill.digest import digest_run
 from mini_distill.errors import ConfigError, MiniDistillError, ModelError, Preempted, StorageError
+from mini_distill.folder_lock import FolderLock
 from mini_distill.teachers.cache_build import CacheBuilder
 from mini_distill.teachers.cache_identity import read_description
 
@@ -171,6 +174,119 @@ def test_a_live_teacher_may_stand_beside_its_cache(
     found, wanted = losses(tmp_path / "cached", *TRAINED), losses(tmp_path / "live", *TRAINED)
     for name in TRAINED:
         assert found[name] == pytest.approx(wanted[name], rel=2e-5, abs=2e-5), name
+
+
+# ------------------------------------------------------------------------------------------------- written on the way to training
+
+
+def shards(folder: Path) -> dict[Path, int]:
+    return {file: file.stat().st_mtime_ns for file in folder.rglob("*.npy")}
+
+
+@pytest.fixture
+def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the targets of runs are found that name no folder."""
+    monkeypatch.setenv("MINI_DISTILL_CACHE", str(tmp_path / "shared"))
+    checked.cache_clear()  # the folder is part of the configuration
+    return tmp_path / "shared" / "targets"
+
+
+def test_runs_of_one_teacher_write_its_targets_once(tiny_command: list[str], shared: Path, tmp_path: Path) -> None:
+    """At another temperature, with another divergence, and again when they have finished."""
+    command = [*tiny_command, "teacher.cache_kind=hidden"]
+    run(command, tmp_path / "first")
+    (folder,) = shared.iterdir()
+    written = shards(folder)
+    assert read_description(folder)["complete"] and len(written) > 3
+    run([*command, "objective=reverse_kl", "objective.temperature=2"], tmp_path / "second")
+    run(command, tmp_path / "first")
+    assert list(shared.iterdir()) == [folder] and shards(folder) == written
+
+    run([*tiny_command, "objective=reverse_kl", "objective.temperature=2"], tmp_path / "live")
+    found, wanted = (losses(tmp_path / name, "train/loss", "eval/reverse_kl") for name in ("second", "live"))
+    assert len(found["train/loss"]) >= 2
+    for name in wanted:
+        assert found[name] == pytest.approx(wanted[name], rel=2e-5, abs=2e-5), name
+
+
+def test_targets_of_another_temperature_kind_or_data_are_others(tiny_command: list[str], shared: Path) -> None:
+    def folder(*more: str) -> str | None:
+        config: Config = load_config([*tiny_command, "teacher.cache_kind=topk", *more])
+        return config.teacher.cache_dir
+
+    assert folder() == folder("trainer.max_steps=2", "student.num_layers=2", "objective=reverse_kl", "data.num_workers=1")
+    others = ["objective.temperature=2", "teacher.cache_kind=full", "data.seq_len=16", "data.max_rows=3", "trainer.precision=bf16"]
+    assert len({folder(), *(folder(other) for other in others)}) == 1 + len(others)
+    assert folder("teacher.cache_dir=here") == "here"
+
+
+def test_only_what_is_damaged_is_written_again(tiny_command: list[str], shared: Path, tmp_path: Path) -> None:
+    command = [*tiny_command, "teacher.cache_kind=topk"]
+    run(command, tmp_path / "first")
+    before = shards(shared)
+    damaged = sorted(before)[-1]
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    run(command, tmp_path / "second")
+    changed = {file.parent for file, time in shards(shared).items() if before[file] != time}
+    assert changed == {damaged.parent}
+    assert digest_run(tmp_path / "first") == digest_run(tmp_path / "second")
+
+
+@forks
+def test_a_run_waits_for_another_that_writes_its_targets(
+    tiny_command: list[str], shared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = [*tiny_command, "teacher.cache_kind=topk"]
+    folder = Path(load_config(command).teacher.cache_dir)
+    folder.mkdir(parents=True)
+    holds, may_leave = os.pipe(), os.pipe()
+
+    def other() -> None:
+        with FolderLock(folder):
+            os.write(holds[1], b"!")
+            os.read(may_leave[0], 1)
+
+    process = fork(other)
+    os.read(holds[0], 1)
+    threading.Timer(1.5, os.write, (may_leave[1], b"!")).start()
+    run(command, tmp_path / "run")
+    assert wait(process) == 0
+    assert f"waiting: {folder}: in use by process" in capfd.readouterr().err
+    assert read_description(folder)["complete"]
+
+
+@forks
+def test_a_run_that_waits_for_targets_can_be_stopped(tiny_command: list[str], shared: Path, tmp_path: Path) -> None:
+    command = [*tiny_command, "teacher.cache_kind=topk"]
+    folder = Path(load_config(command).teacher.cache_dir)
+    folder.mkdir(parents=True)
+    with FolderLock(folder):
+        process = fork(lambda: run(command, tmp_path / "run"))
+        while not (status := tmp_path / "run" / "status.json").exists():  # the test's time limit ends it
+            time.sleep(0.05)
+        os.kill(process, signal.SIGTERM)
+        assert wait(process) == 143
+    assert json.loads(status.read_text())["state"] == "preempted"
+
+
+@forks
+def test_two_processes_write_and_share_their_targets(tiny_command: list[str], shared: Path, tmp_path: Path) -> None:
+    command = [*tiny_command, "teacher.cache_kind=full"]
+    assert in_processes(2, lambda rank: run(command, tmp_path / "two", "trainer.micro_batch_size=2")) == [0, 0]
+    run(command, tmp_path / "one")
+    found, wanted = losses(tmp_path / "two", *TRAINED), losses(tmp_path / "one", *TRAINED)
+    for name in TRAINED:
+        assert found[name] == pytest.approx(wanted[name], rel=2e-5, abs=2e-5), name
+
+
+def test_a_run_goes_on_with_its_targets_moved(tiny_command: list[str], shared: Path, tmp_path: Path) -> None:
+    command = [*tiny_command, "teacher.cache_kind=topk", f"teacher.cache_dir={tmp_path / 'here'}"]
+    run(command, tmp_path / "whole")
+    with before_step(4, send(signal.SIGTERM)), pytest.raises(Preempted):
+        run(command, tmp_path / "run")
+    (tmp_path / "here").rename(tmp_path / "there")
+    run([*command, f"teacher.cache_dir={tmp_path / 'there'}"], tmp_path / "run")
+    assert digest_run(tmp_path / "run") == digest_run(tmp_path / "whole")
 
 
 # ---------------------------------------------------------------------------------------------------------------- what trains from it

@@ -11,11 +11,20 @@ from mini_distill.contract import build_config
 from mini_distill.errors import ConfigError
 
 SCRATCH = {"kind": "scratch", "hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 64}
+SERVER = {"kind": "server", "url": "http://127.0.0.1:1", "path": "some/model"}
 NO_TEACHER = {"teacher": {"kind": "none"}, "objective": {"kl_weight": 0}}
 
 CONTRADICTIONS: list[tuple[str, dict[str, Any], str]] = [
     # where, settings, words of the line
     ("teacher.path", {"teacher": {"kind": "hf"}}, "missing"),
+    ("teacher.cache_kind", {"teacher": {"kind": "cached", "cache_dir": ".", "cache_kind": "topk"}, "student": SCRATCH}, "nobody to ask"),
+    ("teacher.cache_kind", {"teacher": {**SERVER, "cache_kind": "topk"}, "student": SCRATCH}, "train with teacher=cached"),
+    ("objective.divergence", {"teacher": {"cache_kind": "sampled"}, "objective": {"divergence": "reverse_kl"}}, "biased"),
+    (
+        "objective.terms.a.temperature",
+        {"teacher": {"cache_kind": "topk"}, "objective": {"terms": {"a": {"kind": "jsd", "weight": 1.0, "temperature": 2.0}}}},
+        "kind hidden holds at any",
+    ),
     ("teacher.path", {"teacher": {"path": "some/model"}}, "Choose teacher=hf"),
     ("teacher.path", {"teacher": {"kind": "hf", "path": "/no/such/folder"}}, "no such file or folder"),
     ("teacher.path", {"teacher": {"kind": "hf", "path": "./no_such_folder"}}, "no such file or folder"),

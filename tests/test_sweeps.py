@@ -8,16 +8,19 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 from runs import run
 
 from mini_distill import sweep
-from mini_distill.cli import config_dir, load_config
+from mini_distill.cli import _check_direction, config_dir, load_config
+from mini_distill.errors import ConfigError
 from mini_distill.sweep import exit_code_of, is_finished, run_as_job
 
 
@@ -135,6 +138,16 @@ def test_a_search_without_a_result_ends_in_the_errors_of_its_jobs(tiny_command: 
     ended = train(tmp_path, *search)
     assert ended.returncode == 2 and "Traceback" not in ended.stderr + ended.stdout
     assert "data.path: no such file" in ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("direction", "best", "is_wrong"),
+    [("minimize", "highest", 1), ("Direction.maximize", "lowest", 1), ("maximize", "highest", 0), ("", "highest", 0)],
+)
+def test_a_search_in_the_wrong_direction_is_refused(direction: str, best: str, is_wrong: int) -> None:
+    composed = OmegaConf.create({"evaluation": {"best_is": best}})
+    with pytest.raises(ConfigError, match=r"hydra\.sweeper\.direction: m.*imize, and the best .* is the") if is_wrong else nullcontext():
+        _check_direction(direction, composed)
 
 
 @pytest.mark.slow

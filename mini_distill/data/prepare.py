@@ -6,7 +6,6 @@ import fcntl
 import hashlib
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +22,7 @@ from ..contract import mixture_parts
 from ..errors import DataError
 from ..onlooker import is_watched
 from ..storage import atomic_folder, remove_stale_temporaries, storage_errors, verify_folder
+from ..targets import user_cache
 from .held_out import HELD_OUT, OVERLAP, TRAIN, SidedRow, split_rows
 from .mixing import Mixture
 from .order import Stream
@@ -123,8 +123,7 @@ def is_prepared(config: DataConfig, tokenizer: PreTrainedTokenizerBase, where: s
 
 def cache_folder(config: DataConfig) -> Path:
     """Where tokenised data is kept: `data.cache_dir`, $MINI_DISTILL_CACHE, or ~/.cache/mini_distill."""
-    default = os.environ.get("MINI_DISTILL_CACHE") or Path.home() / ".cache" / "mini_distill"
-    return Path(config.cache_dir or default).expanduser() / "tokens"
+    return (Path(config.cache_dir).expanduser() if config.cache_dir else user_cache()) / "tokens"
 
 
 # --------------------------------------------------------------------------------------------------------- what is to be stored

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -13,15 +12,12 @@ from typing import Any
 
 from ..cli import config_dir
 from ..config import Config
-from ..overrides import GROUPS
+from ..overrides import GROUPS, override
 from .figures import Cell, Table
 from .measured import Measured, leaves
 
 WHERE_IT_RAN = ("output_dir", "resume", "resume_allow", "debug", "tracking", "trainer.num_threads")
 """Settings that say nothing about what a run computes."""
-
-_PLAIN = re.compile(r"[A-Za-z_./][A-Za-z0-9_./+*@-]*")
-_KEYWORDS = ("null", "true", "false", "nan", "inf")
 
 
 def shown(value: Any) -> str:
@@ -137,20 +133,3 @@ def merged(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str,
     for key, value in changes.items():
         whole[key] = merged(whole[key], value) if isinstance(value, Mapping) and isinstance(whole.get(key), Mapping) else value
     return whole
-
-
-def override(key: str, value: Any) -> str:
-    """`key=value` in Hydra's grammar, before the shell's quotes."""
-    return f"{key}={_hydra(value)}"
-
-
-def _hydra(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_hydra(key)}: {_hydra(inner)}" for key, inner in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ",".join(map(_hydra, value)) + "]"
-    if not isinstance(value, str):
-        return shown(value)
-    if _PLAIN.fullmatch(value) and value.lower() not in _KEYWORDS:
-        return value
-    return '"' + re.sub(r'(\\*)("|$)', lambda m: m[1] * 2 + ("\\" + m[2] if m[2] else ""), value) + '"'

@@ -17,6 +17,7 @@ HARMLESS = (
     "control",  # another run, beside this one
     "tracking",  # a copy of the metrics
     "teacher.gated",  # the wording of an error
+    "teacher.cache_dir",  # where the cache lies; what it holds is compared as `cache`
     "teacher.url",  # where it is served; what it is is compared as `teacher`
     "teacher.num_requests",
     "teacher.timeout",

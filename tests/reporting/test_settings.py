@@ -12,7 +12,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from measured_folders import settings
 
-from mini_distill.reporting.settings import command_of, override, presets
+from mini_distill.overrides import override
+from mini_distill.reporting.settings import command_of, presets
 
 
 @pytest.mark.parametrize(
