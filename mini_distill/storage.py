@@ -43,6 +43,11 @@ _REMEDIES = {
 }
 
 
+def user_cache() -> Path:
+    """Where what runs share is kept: $MINI_DISTILL_CACHE, or ~/.cache/mini_distill."""
+    return Path(os.environ.get("MINI_DISTILL_CACHE") or Path.home() / ".cache" / "mini_distill").expanduser()
+
+
 # --------------------------------------------------------------------------------------------------------------------- errors
 
 

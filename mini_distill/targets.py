@@ -5,19 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from .config import CacheCommand, CacheConfig, Config
+from .storage import user_cache
 
 NEUTRAL = ("teacher.device", "teacher.gated", "teacher.cache_dir", "data.cache_dir", "data.num_workers", "cache.dir", "num_threads")
 """Settings on which no target depends."""
-
-
-def user_cache() -> Path:
-    """Where what runs share is kept: $MINI_DISTILL_CACHE, or ~/.cache/mini_distill."""
-    return Path(os.environ.get("MINI_DISTILL_CACHE") or Path.home() / ".cache" / "mini_distill").expanduser()
 
 
 def cache_command(config: Config) -> CacheCommand:

@@ -19,7 +19,8 @@ MAY_IMPORT = {
     "losses": set(),
     "config": set(),
     "contract": {"config", "relations"},
-    "relations": {"config", "contract", "losses.catalogue"},  # the names of the divergences, read without importing them
+    "targets": {"config"},
+    "relations": {"config", "contract", "targets", "losses.catalogue"},  # the names of the divergences, read without importing them
     "data": {"losses", "config", "contract"},
     "models": {"losses", "config", "data"},
     "teachers": {"losses", "config", "data", "models"},

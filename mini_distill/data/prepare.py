@@ -21,8 +21,7 @@ from ..config import DataConfig
 from ..contract import mixture_parts
 from ..errors import DataError
 from ..onlooker import is_watched
-from ..storage import atomic_folder, remove_stale_temporaries, storage_errors, verify_folder
-from ..targets import user_cache
+from ..storage import atomic_folder, remove_stale_temporaries, storage_errors, user_cache, verify_folder
 from .held_out import HELD_OUT, OVERLAP, TRAIN, SidedRow, split_rows
 from .mixing import Mixture
 from .order import Stream
