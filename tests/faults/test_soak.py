@@ -26,7 +26,7 @@ def test_a_punished_run_ends_as_undisturbed(tiny_command: list[str], tmp_path: P
     run(command, tmp_path / "twin")
     exact = digest_run(tmp_path / "run") == digest_run(tmp_path / "twin")
     counts = punisher.counts()
-    record("a run punished for minutes", **counts, runs_exact=int(exact))
+    record("a run punished for minutes", **counts, exact=int(exact))
     assert exact and punisher.finished and counts["fired"] > 5 * min(1.0, minutes)
     assert counts["skipped"] == counts["flipped"], (punisher.flipped, punisher.skipped)
     assert steps_of(tmp_path / "run") == steps_of(tmp_path / "twin")
