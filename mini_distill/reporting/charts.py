@@ -1,24 +1,38 @@
-"""Charts as plain geometry, which a template draws as SVG: they follow the page's colours, need no script and weigh a few kilobytes."""
+"""Charts, drawn by matplotlib as SVG in the page's own colours: they need no script and weigh a few kilobytes."""
 
 from __future__ import annotations
 
+import io
 import math
+import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from html import escape
 from itertools import pairwise
 from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
+from markupsafe import Markup
+
+from ..evaluation.printable import printable
 from .figures import signed_free
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 WIDTH, HEIGHT = 400.0, 250.0
-LEFT, RIGHT, TOP, BOTTOM = 62.0, 24.0, 12.0, 46.0
 MOST_POINTS = 240
 MOST_LABELS = 8
 MOST_CATEGORIES = 20
-LETTER = 7.5  # width of one on an axis
-TILTED = 38.0  # room below the axis for names that do not fit side by side
+LETTER = 8.0  # width of one on an axis
+TILTED = 38.0  # more height for names that do not fit side by side
 LONGEST = 14
 SAME = 1e-12  # relative difference below which values have one place
+COLOURS = ("soft", "rule", "card", "student", "teacher", "control", "other", *(f"run{i}" for i in range(8)))
+"""Colours of the style sheet. matplotlib is given a number in their place: which colour it is, the reader's light or dark page decides."""
+
+DASHES: dict[str, Any] = {"control": (0, (2, 2)), **dict.fromkeys(("run4", "run5", "run6", "run7"), (0, (5, 2)))}
 
 Point = tuple[float, float]
 
@@ -84,65 +98,37 @@ class Chart:
 
 
 @dataclass(frozen=True)
-class Mark:
-    """A point as it is drawn."""
-
-    x: float
-    y: float
-    style: str
-    title: str
-    label: str = ""
-
-
-@dataclass(frozen=True)
 class Drawing:
-    """A chart in the coordinates of its SVG: `ticks` are (place, text), `lines` are (style, points of a polyline)."""
+    """A chart as SVG, for the page; `alt` says in words what it shows, `legend` is (name, style, whether it is a line across)."""
 
     chart: Chart
     alt: str
-    x_ticks: list[tuple[float, str]]
-    y_ticks: list[tuple[float, str]]
-    levels: list[tuple[str, float, str]]
-    lines: list[tuple[str, str]]
-    marks: list[Mark]
-    diagonal: tuple[float, float, float, float] | None
+    svg: Markup
     legend: list[tuple[str, str, bool]]
-    tilted: bool
-    width: float = WIDTH
-    height: float = HEIGHT
-    left: float = LEFT
-    right: float = WIDTH - RIGHT
-    top: float = TOP
-    bottom: float = HEIGHT - BOTTOM
 
 
 def draw(chart: Chart) -> Drawing:
-    """Place everything."""
-    points = [point for series in chart.series for point in series.points]
-    x_axis = _category_axis(chart) if chart.categories else _axis([x for x, _ in points], chart.square, chart.logarithmic)
-    y_axis = _axis([*(y for _, y in points), *(y for _, y, _ in chart.levels)], chart.square, False)
-    x_place = lambda x: LEFT + x_axis.share(x) * (WIDTH - LEFT - RIGHT)  # noqa: E731
-    y_place = lambda y: HEIGHT - BOTTOM - y_axis.share(y) * (HEIGHT - TOP - BOTTOM)  # noqa: E731
-    widest = max((min(len(name), LONGEST) + 1 for name in chart.categories), default=0)
-    tilted = widest * LETTER * len(chart.categories) > WIDTH - LEFT - RIGHT
-    texts = {float(i): name for i, name in enumerate(chart.categories)}
-    return Drawing(
-        chart=chart,
-        alt=_in_words(chart),
-        x_ticks=[(x_place(x), texts.get(x) or chart.x_text(x)) for x in x_axis.ticks],
-        y_ticks=[(y_place(y), chart.y_text(y)) for y in y_axis.ticks],
-        levels=[(name, y_place(y), style) for name, y, style in chart.levels],
-        lines=[
-            (series.style, _polyline(series, x_place, y_place))
-            for series in reversed(chart.series)
-            if series.line and len(series.points) > 1
-        ],
-        marks=[mark for series in reversed(chart.series) for mark in _marks(chart, series, texts, x_place, y_place)],
-        diagonal=(x_place(0), y_place(0), x_place(1), y_place(1)) if chart.diagonal else None,
-        legend=_legend(chart),
-        tilted=tilted,
-        height=HEIGHT + TILTED * tilted,
-    )
+    """Let matplotlib draw it."""
+    from matplotlib.figure import Figure
+    from matplotlib.style import context
+
+    alt, names = printable(_in_words(chart)), [_short(name, LONGEST) for name in chart.categories]
+    tilted = (max(map(len, names), default=0) + 1) * LETTER * len(names) > WIDTH - 80
+    titles: list[str] = []
+    with context(["default", _settings() | {"svg.hashsalt": alt}]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # the browser has it
+        figure = Figure(figsize=(WIDTH / 72, (HEIGHT + TILTED * tilted) / 72), layout="constrained", facecolor="none")
+        axes = figure.add_subplot(facecolor="none", xlabel=_short(chart.x_label, 56), ylabel=chart.y_label)
+        _set_axes(axes, chart, names, tilted)
+        for name, y, style in chart.levels:
+            axes.axhline(y, color=_colour(style), linestyle="--", gid=_noted(titles, f"{name}: {chart.y_text(y)}"))
+        for series in reversed(chart.series):
+            _draw_series(axes, chart, series, titles)
+        if chart.diagonal:
+            axes.plot([0, 1], [0, 1], color=_colour("soft"), linestyle="--")
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return Drawing(chart, alt, _for_the_page(file.getvalue(), alt, titles), _legend(chart))
 
 
 def _legend(chart: Chart) -> list[tuple[str, str, bool]]:
@@ -160,82 +146,114 @@ def thinned(points: Sequence[Point], most: int = MOST_POINTS) -> tuple[list[Poin
     return [(fmean(x for x, _ in group), fmean(y for _, y in group)) for group in groups], size
 
 
-# ------------------------------------------------------------------------------------------------------------------------------ axes
+# ---------------------------------------------------------------------------------------------------------------------- matplotlib
 
 
-@dataclass(frozen=True)
-class Axis:
-    """From `low` to `high`, with its ticks."""
-
-    low: float
-    high: float
-    ticks: list[float]
-    logarithmic: bool = False
-
-    def share(self, value: float) -> float:
-        """Where a value stands between low (0) and high (1)."""
-        low, high, value = (math.log(v) for v in (self.low, self.high, value)) if self.logarithmic else (self.low, self.high, value)
-        return (value - low) / (high - low)
+def _settings() -> dict[str, Any]:
+    plain = {"axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False, "ytick.major.size": 0}
+    text = {"font.size": 14, "axes.labelsize": 14, "svg.fonttype": "none", "text.parse_math": False}  # the page's font, and no formulas
+    soft = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "text.color"), _colour("soft"))
+    return {**plain, **text, **soft, "axes.grid": True, "axes.grid.axis": "y", "grid.color": _colour("rule"), "axes.axisbelow": True}
 
 
-def _category_axis(chart: Chart) -> Axis:
-    number = len(chart.categories)
-    every = math.ceil(number / MOST_CATEGORIES)
-    return Axis(-0.5, number - 0.5, [float(i) for i in range(0, number, every)])
+def _set_axes(axes: Axes, chart: Chart, names: Sequence[str], tilted: bool) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+
+    points = [point for series in chart.series for point in series.points]
+    axes.margins(0.04)
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: chart.y_text(y)))
+    if chart.square:
+        axes.set(xlim=(0, 1), ylim=(0, 1))
+    elif (limits := _around([*(y for _, y in points), *(y for _, y, _ in chart.levels)])) is not None:
+        axes.set_ylim(limits)
+    if names:
+        places = range(0, len(names), math.ceil(len(names) / MOST_CATEGORIES))
+        axes.set_xlim(-0.5, len(names) - 0.5)
+        axes.set_xticks(places, [names[i] for i in places])
+        if tilted:
+            for label in axes.get_xticklabels():
+                label.set(rotation=35, horizontalalignment="right", rotation_mode="anchor")
+        return
+    if chart.logarithmic:
+        low, high = min(x for x, _ in points) / 1.3, max(x for x, _ in points) * 1.3
+        decades = math.log10(high / low)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1,) if decades > 3 else (1, 3) if decades > 1.5 else (1, 2, 5), numticks=8))
+        axes.minorticks_off()
+        axes.set_xlim(low, high)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        if not chart.square and (limits := _around([x for x, _ in points])) is not None:
+            axes.set_xlim(limits)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: chart.x_text(x)))
 
 
-def _axis(values: Iterable[float], unit: bool, logarithmic: bool) -> Axis:
+def _around(values: Iterable[float]) -> tuple[float, float] | None:
+    """Limits of an axis on which all values are the same: ticks a rounding error apart would say nothing."""
     values = list(values)
-    low, high = (0.0, 1.0) if unit else (min(values), max(values))
-    if logarithmic:
-        return _log_axis(low, high)
-    if high - low <= SAME * max(abs(low), abs(high), SAME):
-        room = max(abs(low), abs(high)) / 2 if max(abs(low), abs(high)) > SAME else 1.0
-        low, high = low - room, high + room
-    ticks = nice_ticks(low, high)
-    margin = 0.0 if unit else 0.04 * (high - low)
-    low, high = (low if unit else min(low - margin, low)), high + margin
-    return Axis(low, high, [tick for tick in ticks if low <= tick <= high])
+    low, high = min(values), max(values)
+    largest = max(abs(low), abs(high))
+    if high - low > SAME * max(largest, SAME):
+        return None
+    room = largest / 2 if largest > SAME else 1.0
+    return low - room, high + room
 
 
-def nice_ticks(low: float, high: float, number: int = 5) -> list[float]:
-    """Round numbers between low and high: multiples of 1, 2 or 5 times a power of ten, about `number` of them."""
-    raw = (high - low) / number
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.999 * raw)
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [round(i * step, 12 - math.floor(math.log10(step))) for i in range(first, last + 1)]
-
-
-def _log_axis(low: float, high: float) -> Axis:
-    low, high = low / 1.3, high * 1.3
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks: list[float] = []
-    for factors in ((1,), (1, 3), (1, 2, 5)):  # as few as do, as many as it takes
-        ticks = [factor * 10.0**power for power in powers for factor in factors if low <= factor * 10.0**power <= high]
-        if len(ticks) >= 3:
-            break
-    return Axis(low, high, ticks or [low, high], logarithmic=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------------- marks
-
-Place = Callable[[float], float]
-
-
-def _polyline(series: Series, x_place: Place, y_place: Place) -> str:
-    return " ".join(f"{x_place(x):.1f},{y_place(y):.1f}" for x, y in series.points)
-
-
-def _marks(chart: Chart, series: Series, texts: dict[float, str], x_place: Place, y_place: Place) -> list[Mark]:
+def _draw_series(axes: Axes, chart: Chart, series: Series, titles: list[str]) -> None:
+    colour, thin = _colour(series.style), series.style == "other"
+    if series.line and len(series.points) > 1:
+        dashes = DASHES.get(series.style, "-")
+        axes.plot(*zip(*series.points, strict=True), color=colour, linewidth=1 if thin else 2, alpha=0.7 if thin else 1, linestyle=dashes)
     if not (series.marks if series.marks is not None else len(series.points) <= 30):
-        return []
-    marks = []
+        return
     for i, (x, y) in enumerate(series.points):
-        where = texts.get(x) or f"{chart.x_label} {chart.x_text(x)}"
+        where = chart.categories[int(x)] if chart.categories else f"{chart.x_label} {chart.x_text(x)}"
         title = series.titles[i] if series.titles else f"{series.name}, {where}: {chart.y_text(y)}"
-        marks.append(Mark(x_place(x), y_place(y), series.style, title, series.labels[i] if series.labels else ""))
-    return marks
+        axes.plot(x, y, "o", color=colour, markersize=8, markeredgecolor=_colour("card"), clip_on=False, gid=_noted(titles, title))
+        if series.labels and series.labels[i]:
+            _label(axes, _short(series.labels[i], LONGEST), x, y, colour)
+
+
+def _label(axes: Axes, text: str, x: float, y: float, colour: str) -> None:
+    """Beside a point, on the side where there is room."""
+    to_the_left = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[0] > 0.8
+    place: dict[str, Any] = {"xytext": (-7, 5), "ha": "right"} if to_the_left else {"xytext": (7, 5), "ha": "left"}
+    axes.annotate(text, (x, y), textcoords="offset points", color=colour, weight="bold", **place)
+
+
+def _colour(name: str) -> str:
+    return f"#0000{COLOURS.index(name) + 1:02x}"
+
+
+def _noted(titles: list[str], title: str) -> str:
+    """The mark by which `_for_the_page` finds what says this when it is pointed at."""
+    titles.append(printable(title))
+    return f"title-{len(titles) - 1}"
+
+
+def _for_the_page(svg: str, alt: str, titles: Sequence[str]) -> Markup:
+    """Without what is for a file of its own: prologue, metadata, a style for the whole page, names that several charts would share."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
+    box = re.search(r'viewBox="[^"]*"', svg)
+    assert box is not None
+    svg = f'<svg {box[0]} role="img" aria-label="{escape(alt)}">{svg[svg.index(">") + 1 :]}'
+    svg = re.sub(r"<[^/>][^>]*>", lambda tag: _tag(tag[0], titles), svg)
+    return Markup(re.sub(r"\s*\n\s*", " ", svg))
+
+
+def _tag(tag: str, titles: Sequence[str]) -> str:
+    """In the colours and the font of the page."""
+    if title := re.fullmatch(r'<g id="title-(\d+)">', tag):
+        return f"<g><title>{escape(titles[int(title[1])])}</title>"
+    tag = re.sub(r'(?<=<g) id="[^"]*"|font-family: [^;"]*;? ?| transform="rotate\(-0 [^"]*"', "", tag)
+    return re.sub("#0000([0-9a-f]{2})", lambda colour: f"var(--{COLOURS[int(colour[1], 16) - 1]})", tag)
+
+
+def _short(text: str, longest: int) -> str:
+    text = " ".join(printable(text).split())
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
 def _in_words(chart: Chart) -> str:

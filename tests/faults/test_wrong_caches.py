@@ -145,7 +145,7 @@ IMPOSSIBLE = {
     "another temperature": (
         "topk",
         "objective.temperature=2",
-        "objective.temperature: got 2.0, and the cache was written at temperature 1.0",
+        "objective.temperature: got 2.0, and the cache's temperature is 1.0",
     ),
     "a term": (
         "sampled",

@@ -24,7 +24,9 @@ def test_slices_have_charts_and_figures(tmp_path: Path) -> None:
     assert [view.name for view in views][:2] == ["By tokens before the predicted one", "By the teacher's uncertainty (entropy, nats)"]
     assert [len(view.charts) for view in views] == [2, 2, 2]
     assert list(views[0].charts[0].chart.categories) == ["<0.1", "0.1–0.5", "≥0.5"]
-    assert views[0].charts[0].lines and not views[2].charts[0].lines  # a column has no order to join its values by
+    assert (
+        views[0].charts[0].chart.series[0].line and not views[2].charts[0].chart.series[0].line
+    )  # a column has no order to join its values by
 
 
 def test_a_token_tells_its_numbers_and_a_stronger_difference_is_darker(tmp_path: Path) -> None:
