@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mini_distill.evaluation.speed import MIN_ROUNDS, forward_tokens_per_second, num_parameters
+from mini_distill.evaluation.speed import MAX_ROUNDS, MIN_ROUNDS, forward_tokens_per_second, num_parameters
 
 
 def test_a_tied_output_head_counts_once(tiny_llama: Any) -> None:
@@ -32,3 +32,11 @@ def test_measuring_speed_draws_no_random_numbers(tiny_llama: Any, make_batch: An
     torch.manual_seed(0)
     forward_tokens_per_second({"student": tiny_llama()}, make_batch(0), seconds=0.0)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_fifty_rounds_are_enough(tiny_llama: Any, make_batch: Any) -> None:
+    model = tiny_llama(num_hidden_layers=1)
+    rounds: list[None] = []
+    model.model.norm.register_forward_hook(lambda *_: rounds.append(None))
+    forward_tokens_per_second({"student": model}, make_batch(0), seconds=1e9)
+    assert len(rounds) == 1 + MAX_ROUNDS  # a warm-up
