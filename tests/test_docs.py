@@ -17,7 +17,7 @@ import yaml
 from docs_commands import PAGES, ROOT, Block, blocks, commands
 
 import mini_distill as md
-from mini_distill import cli, run
+from mini_distill import run
 from mini_distill.cli import CONTRACTS, config_dir, load_config
 from mini_distill.contract import build_config
 from mini_distill.errors import ConfigError
@@ -205,37 +205,6 @@ def shrunk(tiny_command: list[str], tiny_llama: Any, tiny_tokenizer: Any, tmp_pa
 
 
 QUICK = ("max_steps=2", "eval_every=1", "save_every=1")
-
-
-def test_the_commands_of_the_tutorial_run_one_after_the_other(shrunk: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a teacher, a corpus and steps of a test's size; everything else as it stands on the page."""
-    page = ROOT / "docs" / "tutorial.md"
-    parsed = tmp_path / "parsed"
-    parsed.mkdir()
-    ran = []
-    for command in commands(page, parsed):
-        if command[:2] != ["python", "-m"] or set(command) & set(SHOWN) or command.count("-m") > 1:
-            continue  # set-up; what only shows; a sweep, whose jobs are composed above
-        verb, overrides = command[2].removeprefix("mini_distill."), command[3:]
-        if any(text.startswith("data.path=") for text in overrides):
-            continue  # composed above; it wants the reader's own files
-        small = shrunk_for(verb, overrides, shrunk)
-        getattr(md, verb)([*overrides, *small])
-        ran.append(verb)
-    assert ran.count("train") >= 5 and {"cache", "evaluate"} <= set(ran)
-
-
-def shrunk_for(verb: str, overrides: list[str], shrunk: list[str]) -> list[str]:
-    groups = {"train": ("teacher.", "data.", "trainer.", "evaluation."), "cache": ("teacher.", "data."), "evaluate": ()}[verb]
-    small = [text for text in shrunk if text.startswith(groups)]
-    if "teacher=cached" in overrides:
-        small = [text for text in small if not text.startswith("teacher.")]
-    if verb == "evaluate":
-        small = ["evaluation.speed=false", "evaluation.num_samples=0"]
-    elif "output_dir" not in " ".join(overrides) and verb == "train":
-        small = [*small, f"output_dir='runs/{cli.run_name(overrides)}'"]
-    given = {text.partition("=")[0] for text in overrides} - {"trainer.max_steps", "trainer.eval_every"}  # the last one counts
-    return [text for text in small if text.partition("=")[0] not in given]
 
 
 @pytest.mark.parametrize("block", blocks("python"), ids=str)
