@@ -6,13 +6,16 @@ import glob
 import importlib
 import itertools
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from docs_commands import PAGES, commands
+from docs_commands import PAGES, ROOT, commands
 
 import mini_distill as md
 from mini_distill import cli
@@ -154,3 +157,57 @@ def test_the_commands_of_a_page_run_one_after_the_other(page: Path, reader: Path
             run_command(verb, small)
         except Exception as error:
             raise AssertionError(f"{page.name}: {verb} {' '.join(given)}: {error}\nin small: {' '.join(small)}") from error
+
+
+# ------------------------------------------------------------------------------------------------------------------------ scripts
+
+PEERS = {"trl_gkd", "trl_gkd_liger", "trl_distillation", "liger_jsd"}
+"""They are installed by the page in an environment of their own."""
+
+RUNS = [
+    *("trainer.max_steps=2", "trainer.warmup_steps=1", "trainer.micro_batch_size=2", "data.seq_len=64", "data.eval_fraction=0.2"),
+    *("teacher.kind=hf", "teacher.path=my_teacher", "data.source=text", "data.path=corpus", "evaluation.max_batches=1"),
+]
+
+
+def script_in_small(arguments: list[str]) -> list[str]:
+    """The same command of a script, over numbers of a test's size and without peers."""
+    script, *given = arguments
+    own, runs = (given[: given.index("--")], given[given.index("--") + 1 :]) if "--" in given else (given, [])
+    name = Path(script).name
+    if name in ("compare_arms.py", "compare_caches.py"):
+        kept = [text for text in runs if text.partition("=")[0] not in ("experiment", "teacher", "teacher.path", "data", "data.path")]
+        own += ["--seeds", "0", "1", "--jobs", "1"]
+        return [script, *own, "--", *(text for text in kept if "eval_every" not in text), *RUNS, "trainer.eval_every=1"]
+    if name == "benchmark_cache.py":
+        return [script, *own, "--rounds", "1", "--", *RUNS]
+    if name != "benchmark_step.py" or "--markdown" in own:
+        return arguments
+    own = [word for word in own if word not in PEERS]
+    if "--sweep" in own:
+        place = own.index("--sweep") + 2
+        own[place:] = ["0.5", "0.9"] if own[place - 1] == "supervised" else ["64", "128"]
+        own += ["--output", given[given.index("--output") + 1]]
+    small = {"--vocab": "256", "--batch": "1", "--seq": "64", "--rounds": "1", "--warmup": "0"}
+    return [script, *own, *(word for pair in small.items() for word in pair)]
+
+
+SCRIPTS = [page for page in PAGES if "scripts/" in page.read_text(encoding="utf-8")]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("page", SCRIPTS, ids=lambda page: page.name)
+def test_the_scripts_of_a_page_run_one_after_the_other(page: Path, reader: Path, tmp_path: Path) -> None:
+    parsed = tmp_path / "parsed"
+    parsed.mkdir()
+    for command in commands(page, parsed):
+        if not command[1:] or not command[1].startswith("scripts/") or "cuda" in command:
+            continue
+        small = script_in_small(command[1:])
+        ended = subprocess.run(
+            [sys.executable, str(ROOT / small[0]), *small[1:]], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        assert ended.returncode == 0, (
+            f"{page.name}: {' '.join(command)}\nin small: {' '.join(small)}\n{ended.stdout}\n{ended.stderr[-3000:]}"
+        )
