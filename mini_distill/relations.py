@@ -56,7 +56,7 @@ def check_cache_command(command: CacheCommand) -> list[Problem]:
 
 def check_evaluate_command(command: EvaluateCommand) -> list[Problem]:
     """The same for `python -m mini_distill.evaluate`."""
-    problems = [*_check_server(command.teacher), *check_data(command.data, "data")]
+    problems = [*_check_server(command.teacher), *check_data(command.data, "data", to_measure=True)]
     if command.teacher.kind != "none":
         problems += _check_model("teacher", command.teacher)
     if command.model is None:
@@ -226,15 +226,17 @@ def _check_heads(student: StudentConfig) -> Iterator[Problem]:
         yield Problem("student.num_kv_heads", f"got {kv_heads}, expected a divisor of student.num_heads={heads}")
 
 
-def check_data(data: DataConfig, where: str) -> Iterator[Problem]:
-    """The data group alone; `where` is its path, so that parts of a mixture are named."""
+def check_data(data: DataConfig, where: str, to_measure: bool = False) -> Iterator[Problem]:
+    """The data group alone; `where` is its path, so that parts of a mixture are named. `to_measure`: nobody trains on it."""
     yield from _check_belonging(data, where)
+    if data.eval_fraction == 1 and not to_measure:
+        yield Problem(f"{where}.eval_fraction", "got 1.0, expected below 1: nothing would be left to train on")
     if data.source == "mixture":
-        yield from _check_mixture(data, where)
+        yield from _check_mixture(data, where, to_measure)
         return
     if data.mixture:
         yield Problem(f"{where}.mixture", f"given, and {where}.source is {data.source}", "Choose data=mixture.")
-    if data.source in ("text", "jsonl", "hub") and data.path is None:
+    if data.source in ("text", "jsonl", "hub") and data.path is None and not (to_measure and data.eval_path):
         what = "a data set id" if data.source == "hub" else "a file, folder or glob"
         yield Problem(f"{where}.path", f"missing for source {data.source}", f"Give {what}.")
     if data.source in ("text", "jsonl"):
@@ -282,7 +284,7 @@ def _check_belonging(data: DataConfig, where: str) -> Iterator[Problem]:
             yield Problem(f"{where}.{name}", f"given, and {where}.source is {data.source}", remedy)
 
 
-def _check_mixture(data: DataConfig, where: str) -> Iterator[Problem]:
+def _check_mixture(data: DataConfig, where: str, to_measure: bool) -> Iterator[Problem]:
     if not data.mixture:
         yield Problem(f"{where}.mixture", "empty for source mixture", "Give name: {source: …, weight: …} for each part.")
     fixed = ("seq_len", "packing", "cache_dir", "num_workers", "mixture")
@@ -306,7 +308,7 @@ def _check_mixture(data: DataConfig, where: str) -> Iterator[Problem]:
             for p in error.problems:
                 yield Problem(part_path + p.where.removeprefix("data"), p.what, p.remedy.replace("'data.", f"'{part_path}."))
         else:
-            yield from check_data(part, part_path)
+            yield from check_data(part, part_path, to_measure)
 
 
 def _check_objective(config: Config) -> Iterator[Problem]:
