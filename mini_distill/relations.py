@@ -185,13 +185,14 @@ def _check_model(where: str, part: TeacherConfig | StudentConfig) -> Iterator[Pr
 
 
 def check_local_path(where: str, path: str, is_local: bool = False) -> Iterator[Problem]:
-    """A path that is, or can only be, meant locally must exist; `org/name` may be a hub id."""
+    """A path that is, or can only be, meant locally must exist; `org/name` may be a hub id, unless there is a folder `org` here."""
+    parent = Path(os.path.expanduser(path)).parent
     is_local = is_local or path.startswith((".", "/", "~")) or path.count("/") > 1
-    if is_local and not _exists(path):
-        parent = Path(os.path.expanduser(path)).parent
+    if (is_local or ("/" in path and os.path.isdir(parent))) and not _exists(path):
         found = sorted(os.listdir(parent)) if os.path.isdir(parent) and os.access(parent, os.R_OK) else []
         near = get_close_matches(Path(path).name, found, n=1, cutoff=0.7)
-        yield Problem(where, f"no such file or folder (got {shown(path)})", f"Did you mean '{parent / near[0]}'?" if near else "")
+        remedy = f"There is a folder '{parent}' here, so it is not looked for on the hub." if not is_local else ""
+        yield Problem(where, f"no such file or folder (got {shown(path)})", f"Did you mean '{parent / near[0]}'?" if near else remedy)
 
 
 def _exists(path: str) -> bool:

@@ -21,7 +21,7 @@ from .measured import Measured, finite, is_measured, open_measured
 from .settings import command_of, differing, preset_of, shown
 
 BY_DEFAULT = "eval/student_nll"
-HIGHER_IS_BETTER = re.compile(r"agreement|correlation|gap_closed|kl_reduction|tokens_per_second|distinct|^task/(?!.*_from_half$)")
+HIGHER_IS_BETTER = re.compile(r"agreement|correlation|gap_closed|kl_reduction|tokens_per_second|distinct|^task/")
 MOST_FACTORS = 12
 MOST_VALUES = 8  # that are places on an axis; more are an axis of numbers
 WIDE = 20  # from the lowest to the highest value of a logarithmic axis
