@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +37,9 @@ ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 256, 2**22
 SIDES = (TRAIN, HELD_OUT)
 HARMLESS = ("empty", "other encoding")
 """Reasons for which a row is left out and counted, and that no one needs to hear of."""
+
+Opening = Callable[..., Source]
+"""As `open_source`."""
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +74,7 @@ def prepare_data(
     show_progress: bool = True,
     where: str = "data",
     to_measure: bool = False,
+    opening: Opening = open_source,
 ) -> PreparedData:
     """Read, render, split, store and pack the data of a run.
 
@@ -83,14 +87,15 @@ def prepare_data(
         show_progress: Whether to draw a progress bar (on a terminal).
         where: The path of the settings, for messages.
         to_measure: Nobody trains on it: there need be no training rows, and of an `eval_path` without a `path` all rows are held out.
+        opening: What opens the sources; another one may give some of their rows.
 
     Raises:
         DataError: the source cannot be read, a row is malformed (with `on_bad_row=error`), or nothing is left to train on.
         StorageError: the tokenised data cannot be written.
     """
     if config.source == "mixture":
-        return _prepare_mixture(config, tokenizer, show_progress, where, to_measure)
-    job = _open(_all_held_out(config) if to_measure else config, tokenizer, where, to_measure)
+        return _prepare_mixture(config, tokenizer, where, show_progress=show_progress, to_measure=to_measure, opening=opening)
+    job = _open(_all_held_out(config) if to_measure else config, tokenizer, where, to_measure, opening)
     with _alone_with(job.folder):
         if not _is_good(job.folder):
             _build(job, show_progress)
@@ -164,9 +169,11 @@ class _Job:
         return cache_folder(self.config) / _digest([self.parts, self.config.path, self.config.eval_path])[:32]
 
 
-def _open(config: DataConfig, tokenizer: PreTrainedTokenizerBase, where: str, to_measure: bool = False) -> _Job:
+def _open(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, where: str, to_measure: bool = False, opening: Opening = open_source
+) -> _Job:
     renderer = Renderer(config, tokenizer, where)
-    source, held_out = _open_sources(config, where)
+    source, held_out = _open_sources(config, where, opening)
     return _Job(config, tokenizer, renderer, source, held_out, where, _fingerprints(source, held_out), to_measure)
 
 
@@ -175,12 +182,12 @@ def _all_held_out(config: DataConfig) -> DataConfig:
     return config if config.path is not None or config.eval_path is None else replace(config, eval_fraction=1.0)
 
 
-def _open_sources(config: DataConfig, where: str) -> tuple[Source, Source | None]:
+def _open_sources(config: DataConfig, where: str, opening: Opening = open_source) -> tuple[Source, Source | None]:
     """The source, and that of the held-out rows where they have one of their own besides."""
     if config.path is None and config.eval_path is not None and config.eval_fraction == 1:
-        return open_source(config, where, held_out=True), None
+        return opening(config, where, held_out=True), None
     has_own = config.eval_path is not None or config.eval_split is not None
-    return open_source(config, where), open_source(config, where, held_out=True) if has_own else None
+    return opening(config, where), opening(config, where, held_out=True) if has_own else None
 
 
 def _fingerprints(source: Source, held_out: Source | None) -> dict[str, Any]:
@@ -380,14 +387,9 @@ def _reasons(counts: Counter[str]) -> str:
 # -------------------------------------------------------------------------------------------------------------------- mixtures
 
 
-def _prepare_mixture(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, show_progress: bool, where: str, to_measure: bool
-) -> PreparedData:
+def _prepare_mixture(config: DataConfig, tokenizer: PreTrainedTokenizerBase, where: str, **options: Any) -> PreparedData:
     parts = mixture_parts(config)
-    prepared = {
-        name: prepare_data(part, tokenizer, show_progress=show_progress, where=f"{where}.mixture.{name}", to_measure=to_measure)
-        for name, (part, _) in parts.items()
-    }
+    prepared = {name: prepare_data(part, tokenizer, where=f"{where}.mixture.{name}", **options) for name, (part, _) in parts.items()}
     weights = {name: weight for name, (_, weight) in parts.items()}
     held_out = {name: part.held_out for name, part in prepared.items() if part.held_out is not None}
     return PreparedData(
