@@ -1,15 +1,17 @@
 """How near `python -m mini_distill.plan` comes: predicts memory and step time of several runs, then runs them and measures.
 
-python scripts/check_plan.py [--threads 1] [--steps 8] [--only name]
+python scripts/check_plan.py [--threads 1] [--steps 8] [--repeats 3] [--only name]
 
 Memory is the most that the process held resident from beginning to end, above what it held when everything was imported. Time is the
-median over the steps after the first two, of the processor where there is one thread, so that a machine with other work tells the same.
+median over the steps after the first two, of the processor where there is one thread, so that a machine with other work tells nearly the
+same. Plan and run take turns, in so many passes over all runs as --repeats says; the table has the medians of the passes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -39,6 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch, in plan and run")
     parser.add_argument("--steps", type=int, default=6, help="optimizer steps of each run")
+    parser.add_argument("--repeats", type=int, default=3, help="passes, of which the medians are shown")
     parser.add_argument("--only", choices=list(RUNS), help="one of the runs")
     parser.add_argument("--measure", nargs="*", help=argparse.SUPPRESS)  # in a process of its own
     parser.add_argument("--predict", nargs="*", help=argparse.SUPPRESS)
@@ -52,20 +55,25 @@ def main() -> None:
 
 
 def print_table(arguments: argparse.Namespace) -> None:
-    """A row for each run as it ends."""
-    print("| run | memory: predicted | measured | | step: predicted | measured | |\n|:--|" + 6 * "--:|")
+    """A row for each run."""
+    runs = {name: settings for name, settings in RUNS.items() if arguments.only in (None, name)}
+    passes: dict[str, list[dict[str, dict[str, float]]]] = {name: [] for name in runs}
     with tempfile.TemporaryDirectory() as folder:
         vocabulary = f"teacher=hf teacher.path={make_teacher(Path(folder) / 'teacher')}"
-        for number, (name, settings) in enumerate(RUNS.items()):
-            if arguments.only not in (None, name):
-                continue
-            overrides = settings.format(vocabulary=vocabulary).split()
-            overrides += [f"trainer.max_steps={arguments.steps}", "trainer.warmup_steps=1", f"trainer.num_threads={arguments.threads}"]
-            overrides += ["evaluation.max_batches=2", "evaluation.num_samples=0"]
-            plan = in_own_process("--predict", overrides)
-            real = in_own_process("--measure", [*overrides, f"output_dir={folder}/{number}"])
-            memory = compared(plan["bytes"], real["bytes"], "{:.0f} MB", 1e-6)
-            print(f"| {' | '.join([name, *memory, *compared(plan['seconds'], real['seconds'], '{:.2f} s')])} |", flush=True)
+        for number in range(arguments.repeats):
+            for name, settings in runs.items():
+                overrides = settings.format(vocabulary=vocabulary).split()
+                overrides += [f"trainer.max_steps={arguments.steps}", "trainer.warmup_steps=1", f"trainer.num_threads={arguments.threads}"]
+                overrides += ["evaluation.max_batches=2", "evaluation.num_samples=0"]
+                plan = in_own_process("--predict", overrides)
+                real = in_own_process("--measure", [*overrides, f"output_dir={folder}/run"])
+                shutil.rmtree(Path(folder) / "run")
+                passes[name].append({"plan": plan, "real": real})
+                print(f"pass {number + 1}, {name}: {plan['seconds']:.2f} s predicted, {real['seconds']:.2f} s measured", file=sys.stderr)
+    print("| run | memory: predicted | measured | | step: predicted | measured | |\n|:--|" + 6 * "--:|")
+    for name, of_run in passes.items():
+        memory, seconds = ([median(one[who][what] for one in of_run) for who in ("plan", "real")] for what in ("bytes", "seconds"))
+        print(f"| {' | '.join([name, *compared(*memory, '{:.0f} MB', 1e-6), *compared(*seconds, '{:.2f} s')])} |")
 
 
 def compared(predicted: float, measured: float, text: str, unit: float = 1.0) -> list[str]:

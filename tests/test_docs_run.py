@@ -179,6 +179,8 @@ def script_in_small(arguments: list[str]) -> list[str]:
         kept = [text for text in runs if text.partition("=")[0] not in ("experiment", "teacher", "teacher.path", "data", "data.path")]
         own += ["--seeds", "0", "1", "--jobs", "1"]
         return [script, *own, "--", *(text for text in kept if "eval_every" not in text), *RUNS, "trainer.eval_every=1"]
+    if name == "check_plan.py":
+        return [script, "--steps", "3", "--repeats", "2", "--only", "from scratch"]
     if name == "benchmark_cache.py":
         return [script, *own, "--rounds", "1", "--", *RUNS]
     if name != "benchmark_step.py" or "--markdown" in own:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -104,9 +105,9 @@ def _made_up(spec: TensorSpec, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def seconds_of(calls: Callable[[], Any] | list[Callable[[], Any]], device: torch.device) -> float:
-    """The fastest of several calls, after one that does not count: others on the machine make calls slower, and none faster.
+    """The median of several calls, after one that does not count; with one thread of the processor's time, in which others have no part.
 
-    With one thread it is the processor's time, in which theirs is not.
+    The fastest call is one whose memory happens to lie in a cache and on pages that are there: a step has no such luck.
     """
     clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     calls = calls if isinstance(calls, list) else [calls]
@@ -121,7 +122,7 @@ def seconds_of(calls: Callable[[], Any] | list[Callable[[], Any]], device: torch
         times.append(clock() - begun)
         if time.perf_counter() - started > 3 * TIMED_SECONDS:
             break
-    return min(times)
+    return median(times)
 
 
 def _wait(device: torch.device) -> None:

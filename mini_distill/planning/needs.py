@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 
 from ..config import PlanCommand
 from ..losses.linear import MEMORY_MIB, TILE
 from ..training.objective import build_objective
-from .machine import Rates, Stopwatch, given_rates, seconds_of
+from .machine import COLD_BYTES, Rates, Stopwatch, given_rates, seconds_of
 from .models import Models
 from .step import PHASES, is_asked, trace_evaluation, trace_step
 from .trace import Trace
@@ -134,21 +133,28 @@ class Needs:
         return spent | {"evaluation": _sum(clock, self.evaluation, "evaluation")}
 
     def _seconds_of_terms(self, device: torch.device) -> float:
-        """The terms of the objective and their gradient, on a few rows of made-up logits."""
+        """The terms of the objective and their gradient on made-up logits, as `losses/linear.py` goes over a chunk.
+
+        Of each tile the passes run in a cache, and nothing of it lies there before: one tile again and again would take half as long.
+        """
         objective = build_objective(self.config.objective, self.config.trainer, on_gpu=False)
         if self.models.teacher is None or not is_asked(self.config):
             objective.divergences = []  # against sparse targets they cost little
         if not objective.names:
             return 0.0
         rows = min(self.tokens, max(1, torch.get_num_threads(), TILE // self.vocab_size))
-        student = torch.randn(rows, self.vocab_size, device=device).requires_grad_()
-        teacher, targets = torch.randn_like(student), torch.zeros(rows, dtype=torch.long, device=device)
+        tiles = min(-(-self.tokens // rows), max(1, COLD_BYTES // (2 * 4 * rows * self.vocab_size)))
+        student, teacher = (torch.randn(tiles, rows, self.vocab_size, device=device) for _ in range(2))
+        targets = torch.zeros(rows, dtype=torch.long, device=device)
 
-        def call() -> Any:
-            with torch.enable_grad():
-                return torch.autograd.grad(objective(student, teacher, targets).loss, student)
+        def call() -> None:
+            for of_student, of_teacher in zip(student, teacher, strict=True):
+                with torch.enable_grad():
+                    leaf = of_student.detach().requires_grad_()
+                    (gradient,) = torch.autograd.grad(objective(leaf, of_teacher, targets).loss, leaf)
+                of_student.copy_(gradient)  # in the place of the logits
 
-        return self.tokens / rows * seconds_of(call, device)
+        return self.tokens / (tiles * rows) * seconds_of(call, device)
 
 
 def _weights(model: torch.nn.Module) -> int:
