@@ -182,7 +182,7 @@ def open_run(config: Config) -> Iterator[tuple[RunFolder, StopRequest, Tracker]]
     """The run's folder, locked, the handler of SIGTERM and Ctrl-C, and the tracker; all closed again however the run ends."""
     assert config.output_dir is not None
     plain, is_main = dataclasses.asdict(config), int(os.environ.get("RANK", "0")) == 0
-    with RunFolder(config.output_dir, plain, resume=config.resume, is_main=is_main) as run, StopRequest() as stop:
+    with StopRequest() as stop, RunFolder(config.output_dir, plain, resume=config.resume, is_main=is_main) as run:
         tracker = open_tracker(config.tracking, run.path, plain, is_main)
         try:
             with naming_the_process():
