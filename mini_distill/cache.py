@@ -39,7 +39,7 @@ from .data.order import Stream
 from .data.prepare import prepare_data
 from .data.tokenizers import tokenizer_fingerprint, vocabulary_size
 from .distillation import check_vocabulary, naming_the_process, start_processes
-from .errors import CacheError, Preempted
+from .errors import CacheError, ConfigError, Preempted
 from .folder_lock import FolderLock
 from .losses.divergences import forward_kl
 from .losses.linear import TeacherRows
@@ -112,8 +112,12 @@ def write_targets(config: Config) -> None:
     """
     command = cache_command(config)
     accelerator = start_processes(command.precision, command.num_threads)
-    if not broadcast_object_list([accelerator.is_main_process and _is_whole(_folder(command))])[0]:  # the main process decides for all
+    if broadcast_object_list([accelerator.is_main_process and _is_whole(_folder(command))])[0]:  # the main process decides for all
+        return
+    try:
         build(command, wait=True)
+    except ConfigError as error:  # of the cache command's settings; the run has others for them
+        raise ConfigError.from_problems(replace(p, where=p.where.replace("cache.", "teacher.cache_")) for p in error.problems) from error
 
 
 def _is_whole(folder: Path) -> bool:

@@ -189,7 +189,9 @@ def with_settings_of_run(composed: DictConfig, overrides: Sequence[str]) -> Dict
     if "teacher" not in given:
         _check_trusted(of_run.get("teacher", {}), run / "config.yaml")
     if "teacher" not in given and composed.teacher.get("kind") != "cached":
-        composed.teacher.cache_dir = composed.teacher.cache_kind = None  # the live teacher stood beside the cache
+        composed.teacher.cache_dir = composed.teacher.cache_kind = composed.teacher.cache_k = (
+            None  # the live teacher stood beside the cache
+        )
     composed["model"] = str(run / "student")
     if composed.get("output_dir") is None:
         composed["output_dir"] = str(run / "evaluation")

@@ -104,11 +104,12 @@ def test_full_is_the_live_teacher_to_the_rounding_of_bfloat16(
         assert found[name] == pytest.approx(wanted[name], rel=5e-3, abs=2e-3), name
 
 
-def test_a_cached_temperature_is_that_of_the_run(tiny_command: list[str], tmp_path: Path) -> None:
-    """Full targets written at 2 and trained at 2 are those of the live teacher at 2, not at 4."""
+@pytest.mark.parametrize("written_at", [1, 2])
+def test_a_cached_temperature_is_that_of_the_run(written_at: int, tiny_command: list[str], tmp_path: Path) -> None:
+    """Full targets, written at 2 or at 1 and trained at 2, are those of the live teacher at 2, not at 4."""
     at_two = ["objective.temperature=2"]
     run(live(tiny_command), tmp_path / "live", *at_two)
-    build(tiny_command, tmp_path / "full", "cache.kind=full", "cache.temperature=2")
+    build(tiny_command, tmp_path / "full", "cache.kind=full", f"cache.temperature={written_at}")
     run(from_cache(tiny_command, tmp_path / "full"), tmp_path / "cached", *at_two)
     found, wanted = losses(tmp_path / "cached", *TRAINED), losses(tmp_path / "live", *TRAINED)
     for name in TRAINED:
@@ -215,9 +216,22 @@ def test_targets_of_another_temperature_kind_or_data_are_others(tiny_command: li
         return config.teacher.cache_dir
 
     assert folder() == folder("trainer.max_steps=2", "student.num_layers=2", "objective=reverse_kl", "data.num_workers=1")
-    others = ["objective.temperature=2", "teacher.cache_kind=full", "data.seq_len=16", "data.max_rows=3", "trainer.precision=bf16"]
+    others = ["objective.temperature=2", "teacher.cache_k=8", "teacher.cache_kind=full", "data.seq_len=16", "data.max_rows=3"]
+    others += ["trainer.precision=bf16"]
     assert len({folder(), *(folder(other) for other in others)}) == 1 + len(others)
+    assert folder("teacher.cache_k=32") == folder()
+    for kind in ("full", "hidden"):
+        assert folder(f"teacher.cache_kind={kind}") == folder(f"teacher.cache_kind={kind}", "objective.temperature=2")
     assert folder("teacher.cache_dir=here") == "here"
+
+
+def test_a_run_says_how_many_tokens_its_targets_keep(tiny_command: list[str], shared: Path, tmp_path: Path) -> None:
+    command = [*tiny_command, "teacher.cache_kind=topk"]
+    run([*command, "teacher.cache_k=5"], tmp_path / "run")
+    (folder,) = shared.iterdir()
+    assert read_description(folder)["identity"]["cache"]["k"] == 5
+    line = refused(lambda: run([*command, "teacher.cache_k=63"], tmp_path / "other"), ConfigError)
+    assert line == "teacher.cache_k: got 63, expected at most the 62 tokens of the vocabulary."
 
 
 def test_only_what_is_damaged_is_written_again(tiny_command: list[str], shared: Path, tmp_path: Path) -> None:
@@ -298,6 +312,19 @@ def test_other_divergences_train_from_targets_that_have_them(
 ) -> None:
     summary = run([*from_cache(tiny_command, caches(kind)), "objective=reverse_kl"], tmp_path / "run")
     assert all(np.isfinite(row["train/reverse_kl"]) for row in rows(tmp_path / "run") if "train/reverse_kl" in row) and summary
+
+
+@pytest.mark.parametrize(
+    "divergence", [["objective=teacher_argmax_ce"], ["objective=ranking_hinge", "objective.divergence_options.top_k=8"]]
+)
+def test_what_looks_at_the_likeliest_tokens_needs_no_more_than_a_list(
+    divergence: list[str], tiny_command: list[str], caches: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A teacher that is hardly certain: the tail outweighed its first choice, and became the label."""
+    run([*live(tiny_command), *divergence], tmp_path / "live")
+    run([*from_cache(tiny_command, caches("topk")), *divergence], tmp_path / "cached")
+    found, wanted = losses(tmp_path / "cached", "train/loss"), losses(tmp_path / "live", "train/loss")
+    assert found["train/loss"] == pytest.approx(wanted["train/loss"], rel=2e-3)
 
 
 def test_a_student_of_the_teachers_layers_needs_the_teacher(tiny_command: list[str], caches: Callable[[str], Path], tmp_path: Path) -> None:

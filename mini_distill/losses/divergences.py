@@ -8,7 +8,7 @@ an entropy). Gradients flow into the student alone. A token that is impossible f
     p  teacher's distribution, softmax(teacher_logits / T)        q  student's, softmax(student_logits / T)
 
 To add one: write the function here and a YAML in configs/objective/. Its keyword arguments after `temperature` become
-`objective.divergence_options`.
+`objective.divergence_options`. One of single tokens says so with `looks_at`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax, softmax, softplus
 
+from .catalogue import looks_at
 from .reduction import at_least_float32
 
 LOWEST = -1e30
@@ -202,6 +203,7 @@ def alpha_beta(
     return ((own - cross) / (ab_alpha * ab_beta)).sum(dim=-1)
 
 
+@looks_at("likeliest")
 def ranking_hinge(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, *, top_k: int = 16, margin: float = 1.0
 ) -> Tensor:
@@ -230,6 +232,7 @@ def ranking_hinge(
     return torch.where(teacher > 0, too_close, 0.0).mean(dim=-1)  # a tie has no order to keep
 
 
+@looks_at("likeliest")
 def ranking_logistic(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, *, top_k: int = 16) -> Tensor:
     """Mean over pairs of the teacher's `top_k` tokens of KL(Bernoulli σ(tᵢ − tⱼ) ‖ Bernoulli σ(sᵢ − sⱼ)).
 
@@ -243,6 +246,7 @@ def ranking_logistic(student_logits: Tensor, teacher_logits: Tensor, temperature
     return (cross - entropy).mean(dim=-1)
 
 
+@looks_at("likeliest")
 def teacher_argmax_ce(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
     """−log q[argmax p]: the teacher's first choice as a hard label, at the token level (Kim & Rush 2016, arXiv 1606.07947).
 
@@ -252,6 +256,7 @@ def teacher_argmax_ce(student_logits: Tensor, teacher_logits: Tensor, temperatur
     return -log_q.gather(-1, log_p.argmax(dim=-1, keepdim=True)).squeeze(-1)
 
 
+@looks_at("any")
 def teacher_sample_ce(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, *, num_samples: int = 1) -> Tensor:
     """Mean of −log q[x] over draws x ~ p: the teacher's samples as hard labels, at the token level (Kim & Rush 2016).
 

@@ -18,6 +18,7 @@ HARMLESS = (
     "tracking",  # a copy of the metrics
     "teacher.gated",  # the wording of an error
     "teacher.cache_dir",  # where the cache lies; what it holds is compared as `cache`
+    "teacher.cache_k",  # likewise
     "teacher.url",  # where it is served; what it is is compared as `teacher`
     "teacher.num_requests",
     "teacher.timeout",

@@ -147,6 +147,12 @@ IMPOSSIBLE = {
         "objective.temperature=2",
         "objective.temperature: got 2.0, and the cache's temperature is 1.0",
     ),
+    "a draw of the tail": ("topk", "objective=teacher_sample_ce", "objective.divergence: teacher_sample_ce draws a token"),
+    "more ranks than tokens": (
+        "topk",
+        "objective=ranking_hinge",
+        "objective.divergence_options.top_k: ranking_hinge ranks 16 of the teacher's tokens, and 8 are listed. Rank at most 8, or list more: cache.k=16",
+    ),
     "a term": (
         "sampled",
         "objective.terms={second: {kind: jsd, weight: 0.5}}",
