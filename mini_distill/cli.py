@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 
-from .config import CacheCommand, Config, EvaluateCommand, PlanCommand
-from .contract import as_it_stands, build_config
-from .errors import ConfigError, MiniDistillError, Preempted
+from .config import CacheCommand, CacheConfig, CacheLookCommand, Config, EvaluateCommand, PlanCommand
+from .contract import as_it_stands, build_config, resolved, shown
+from .errors import CacheError, ConfigError, MiniDistillError, Preempted, Problem
 from .out_of_memory import is_out_of_memory, out_of_memory
 from .overrides import fixed_keys, missing_preset, prepare_overrides, run_name
 from .redaction import print_traceback, redact_text
 from .targets import cache_command, default_folder
+from .teachers.cache_identity import read_description
 from .written import read_object, read_settings
 
 if TYPE_CHECKING:
@@ -161,8 +162,11 @@ def load_config(overrides: Sequence[str] = (), config_name: str = "train", schem
 
 def _checked(composed: DictConfig, overrides: Callable[[], Sequence[str]], schema: type) -> Any:
     """The configuration, complete, with folders for what comes out."""
+    resolved(composed)  # a ${…} that leads nowhere is named before anything follows it
     if schema is EvaluateCommand:
         composed = with_settings_of_run(composed, overrides())
+    if schema is CacheLookCommand:
+        composed = with_settings_of_cache(composed, overrides())
     config = build_config(composed, schema)
     if schema in RESULTS and config.output_dir is None:
         config.output_dir = f"{RESULTS[schema]}/{run_name(overrides())}"
@@ -196,6 +200,33 @@ def with_settings_of_run(composed: DictConfig, overrides: Sequence[str]) -> Dict
     if composed.get("output_dir") is None:
         composed["output_dir"] = str(run / "evaluation")
     return composed
+
+
+def with_settings_of_cache(composed: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """What the cache in `cache.dir` is, where the command line does not say it.
+
+    Raises:
+        CacheError: the command line says otherwise; one problem for each setting.
+    """
+    folder = Path(str(OmegaConf.select(composed, "cache.dir"))).expanduser()
+    try:
+        of_cache = read_description(folder)["identity"]["cache"]
+    except CacheError:
+        return composed  # said where it is opened
+    keys = {text.lstrip("+~").partition("=")[0] for text in overrides}
+    given = {name: value for name, value in composed.cache.items() if f"cache.{name}" in keys or not _is_default(name, value)}
+    if wrong := [name for name, value in of_cache.items() if given.get(name, value) != value]:
+        remedy = "Leave it out, or give the folder of another cache."
+        raise CacheError.from_problems(
+            Problem(f"{folder}: cache.{name}", f"the cache has {shown(of_cache[name])}, this run {shown(given[name])}", remedy)
+            for name in wrong
+        )
+    OmegaConf.update(composed, "cache", of_cache, force_add=True)
+    return composed
+
+
+def _is_default(name: str, value: Any) -> bool:
+    return getattr(CacheConfig(), name, None) == value  # else a preset has set it
 
 
 def _check_trusted(teacher: Mapping[str, Any], file: Path) -> None:
@@ -279,7 +310,7 @@ def _store_contract() -> None:
 def _job_overrides() -> list[str]:
     from hydra.core.hydra_config import HydraConfig
 
-    return list(HydraConfig.get().overrides.task)
+    return list(OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False))  # type: ignore[arg-type]
 
 
 @contextmanager

@@ -304,6 +304,11 @@ class CacheCommand:
 
 
 @dataclass
+class CacheLookCommand(CacheCommand):
+    """Everything `python -m mini_distill.cache verify` and `… info` can be told; what is not said of the targets is as the cache has it."""
+
+
+@dataclass
 class EvaluateCommand:
     """Everything `python -m mini_distill.evaluate` can be told."""
 

@@ -32,10 +32,10 @@ def build_config(composed: Mapping[str, Any] | DictConfig, schema: type = Config
     """
     from .relations import RELATIONS
 
-    plain: Any = _resolved(composed) if isinstance(composed, DictConfig) else composed
+    plain: Any = resolved(composed) if isinstance(composed, DictConfig) else composed
     tree = deepcopy(_typed_tree(schema))
     problems = list(_merge(tree, plain, schema, prefix="", known=known_keys(schema)))
-    config: Any = _resolved(tree)
+    config: Any = resolved(tree)
     wrong = {problem.where for problem in problems}
     problems += [problem for problem in _check_ranges(config, prefix="") if problem.where not in wrong]
     if schema in RELATIONS and all(problem.what == UNKNOWN for problem in problems):  # relations need good values
@@ -51,8 +51,12 @@ def _typed_tree(schema: type) -> DictConfig:
     return OmegaConf.structured(schema)
 
 
-def _resolved(tree: DictConfig) -> Any:
-    """`tree` as plain objects, its `${…}` followed."""
+def resolved(tree: DictConfig) -> Any:
+    """`tree` as plain objects, its `${…}` followed.
+
+    Raises:
+        ConfigError: one leads nowhere, or a value is missing that has to be given.
+    """
     try:
         return OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:

@@ -17,6 +17,7 @@ from .config import (
     FINGERPRINTS,
     CacheCommand,
     CacheConfig,
+    CacheLookCommand,
     ChoicesConfig,
     Config,
     DataConfig,
@@ -532,6 +533,7 @@ def _check_trainer(config: Config) -> Iterator[Problem]:
 RELATIONS: dict[type, Callable[[Any], list[Problem]]] = {
     Config: check_relations,
     CacheCommand: check_cache_command,
+    CacheLookCommand: check_cache_command,
     EvaluateCommand: check_evaluate_command,
     PlanCommand: check_plan_command,
 }

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -41,12 +42,15 @@ from faults.injection import count_operations, in_child
 from runs import before_step, checked, copy_of, fork, forks, in_processes, rows, run, send, wait
 
 from mini_distill.cli import load_config, report
-from mini_distill.config import CacheCommand, Config
+from mini_distill.config import CacheCommand, CacheLookCommand, Config
+from mini_distill.data.batch import Batch
 from mini_distill.digest import digest_run
-from mini_distill.errors import ConfigError, MiniDistillError, ModelError, Preempted, StorageError
+from mini_distill.errors import CacheError, ConfigError, MiniDistillError, ModelError, Preempted, StorageError
 from mini_distill.folder_lock import FolderLock
 from mini_distill.teachers.cache_build import CacheBuilder
 from mini_distill.teachers.cache_identity import read_description
+from mini_distill.teachers.online import OnlineTeacher
+from mini_distill.teachers.targets import DenseTargets
 
 # ------------------------------------------------------------------------------------------------ the same as the live teacher
 
@@ -378,13 +382,13 @@ def test_a_damaged_shard_is_made_again_alone(
 
 @pytest.mark.parametrize("name", ["tokenizer", "head"])
 def test_a_damaged_tokenizer_or_head_is_made_again(
-    name: str, tiny_command: list[str], caches: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, tiny_command: list[str], caches: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = copy_of(caches("hidden"), tmp_path / "hidden")
     (file,) = (file for file in (folder / name).iterdir() if file.name in ("tokenizer.json", "head.safetensors"))
     os.truncate(file, 100)
-    cache_module.info(cache_config(tiny_command, folder))
-    assert f"1 parts missing or damaged, the first: {name}: {file.name}: 100 bytes" in capsys.readouterr().out
+    line = refused(lambda: cache_module.info(cache_config(tiny_command, folder)))
+    assert line.startswith(f"{folder / name}: {file.name}: 100 bytes")
     assert name in refused(lambda: run(from_cache(tiny_command, folder), tmp_path / "run"), MiniDistillError)
     assert build(tiny_command, folder, *KINDS["hidden"])["cache/scored_sequences"] > 0  # of the build that scored them
     assert content(folder) == content(caches("hidden"))
@@ -608,15 +612,47 @@ def test_a_teacher_that_is_not_finite_is_one_line(tiny_command: list[str], tiny_
 # --------------------------------------------------------------------------------------------------------------- info and verify
 
 
-def test_info_says_what_it_is_and_whether_it_is_whole(
+def test_info_says_what_it_is_and_what_of_it_is_not_whole(
     tiny_command: list[str], tiny_teacher: Path, small: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """It named the first of the missing parts, and ended with 0 as if there were none."""
     cache_module.info(cache_config(tiny_command, small))
     out = capsys.readouterr().out
-    assert '"kind": "topk"' in out and str(tiny_teacher) in out and "bytes per token" in out and out.endswith("whole\n")
+    assert '"kind": "topk"' in out and str(tiny_teacher) in out and out.endswith("whole\n")
+    figures = r"bytes per token of the training side; the 8 tokens that are listed hold \d\d\.\d % .*\n\d+ sequences scored in \d+ s\n"
+    assert re.search(figures, out)
     shutil.rmtree(small / "train" / "shard-00001")
-    cache_module.info(cache_config(tiny_command, small))
-    assert "1 parts missing or damaged, the first: train/1: missing" in capsys.readouterr().out
+    (small / "held_out" / "shard-00000" / "mark.npy").write_bytes(b"")
+    lines = refused(lambda: cache_module.info(cache_config(tiny_command, small))).splitlines()
+    assert [line.partition(": ")[0] for line in lines] == [str(small / part) for part in ("train/shard-00001", "held_out/shard-00000")]
+    assert lines[0].endswith("missing. Build it again with the same command: only what is missing or damaged is made anew.")
+    assert "whole" not in capsys.readouterr().out and CacheError.exit_code == 5
+
+
+@pytest.mark.parametrize("kind", ["sampled", "draws", "hidden"])
+def test_settings_that_are_left_out_are_those_of_the_cache(kind: str, tiny_command: list[str], caches: Callable[[str], Path]) -> None:
+    """`verify` wanted all of them again, and without them named five that differ."""
+    arguments = [*cache_command(tiny_command), f"cache.dir={caches(kind)}", "cache.num_verify=2"]
+    config = load_config(arguments, "cache", CacheLookCommand)
+    assert cache_module.verify(config)["verify/sequences"] == 4
+    said = [text for text in KINDS[kind] if not text.startswith("cache.sampling")]
+    assert load_config([*arguments, *said], "cache", CacheLookCommand) == config
+
+
+def test_settings_that_are_not_those_of_the_cache_are_named(tiny_command: list[str], caches: Callable[[str], Path]) -> None:
+    folder = caches("small")
+
+    def lines(*more: str, kind: type[MiniDistillError] = CacheError) -> str:
+        arguments = [*cache_command(tiny_command), f"cache.dir={folder}", *more]
+        return refused(lambda: load_config(arguments, "cache", CacheLookCommand), kind)
+
+    assert lines("cache.k=32") == f"{folder}: cache.k: the cache has 8, this run 32. Leave it out, or give the folder of another cache."
+    assert [line.split(": ")[1] for line in lines("cache.kind=full", "cache.temperature=2").splitlines()] == [
+        "cache.kind",
+        "cache.temperature",
+    ]
+    assert "cache.proposal: given, and cache.kind is topk" in lines("cache.proposal=0.5", kind=ConfigError)
+    assert "Interpolation key 'oops' not found" in lines("cache.k=${oops}", kind=ConfigError)
 
 
 def test_info_of_no_cache_is_one_line(tiny_command: list[str], tmp_path: Path) -> None:
@@ -629,6 +665,7 @@ VERIFIED = {
     "spread": ["cache.kind=topk", "cache.k=8", "cache.tail=spread"],
     "sampled at 2": [*KINDS["sampled"], "cache.temperature=2"],
     "full at 2": ["cache.kind=full", "cache.temperature=2"],
+    "hidden in bfloat16": ["cache.kind=hidden", "teacher.dtype=bfloat16"],
 }
 
 
@@ -663,8 +700,40 @@ def test_verify_finds_targets_that_were_changed_consistently(
     folder = copy_of(caches(kind), tmp_path / "cache")
     for shard in (folder / side).glob("shard-*"):
         change_column(shard, *CHANGED[kind])
-    line = refused(lambda: cache_module.verify(cache_config(tiny_command, folder, *KINDS[kind])))
-    assert "nats per token away from what was written" in line
+    lines = refused(lambda: cache_module.verify(cache_config(tiny_command, folder, *KINDS[kind])))
+    assert "nats away from what was written" in lines or "nats per token away from what was written" in lines
+
+
+@contextmanager
+def another_text_scored_for(number: int) -> Iterator[None]:
+    """The builder is told the targets of another text for one sequence of each side."""
+    original = OnlineTeacher.__call__
+
+    def deceived(self: OnlineTeacher, batch: Batch) -> DenseTargets:
+        ids, wrong = batch.input_ids.clone(), batch.row_ids == number
+        ids[wrong] = (ids[wrong] + 7) % 62
+        return original(self, dataclasses.replace(batch, input_ids=ids))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OnlineTeacher, "__call__", deceived)
+        yield
+
+
+ONE_WRONG = {kind: KINDS[kind] for kind in ("topk", "full", "hidden")} | {
+    "hidden in bfloat16": VERIFIED["hidden in bfloat16"],
+    "sampled": ["cache.kind=sampled", "cache.k=64"],
+    "draws": ["cache.kind=sampled", "cache.k=200", "cache.sampling=draws"],
+}
+
+
+@pytest.mark.parametrize("kind", ONE_WRONG)
+def test_verify_finds_a_single_sequence_of_another_text(kind: str, tiny_command: list[str], tmp_path: Path) -> None:
+    """The mean over all sequences hid it: worst_kl was 12, and the cache was called good."""
+    command = [*without(tiny_command, "data.seq_len"), "data.seq_len=16", "data.eval_fraction=0"]
+    with another_text_scored_for(5):
+        build(command, tmp_path / "cache", *ONE_WRONG[kind])
+    line = refused(lambda: cache_module.verify(cache_config(command, tmp_path / "cache", *ONE_WRONG[kind], "cache.num_verify=1000")))
+    assert re.search(r"train/shard-00000: the live teacher is [\d.]+ nats away from what was written of sequence 5\. Delete", line)
 
 
 # ------------------------------------------------------------------------------------------------------------------- going on
@@ -719,8 +788,14 @@ def test_the_command_ends_in_exit_code_and_one_line(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_every_verb_works_from_the_command_line(tiny_command: list[str], tmp_path: Path) -> None:
     arguments = [*cache_command(tiny_command), f"cache.dir={tmp_path / 'cache'}", *SMALL]
-    for verb, words in (([], "Train from it"), (["build"], "Train from it"), (["verify"], "verify/mean_kl"), (["info"], "whole")):
-        process = cache_process([*verb, *arguments])
+    looks = [*cache_command(tiny_command), f"cache.dir={tmp_path / 'cache'}"]
+    for verb, given, words in (
+        ([], arguments, "Train from it"),
+        (["build"], arguments, "Train from it"),
+        (["verify"], looks, "verify/mean_kl"),
+        (["info"], looks[-1:], "whole"),
+    ):
+        process = cache_process([*verb, *given])
         output, errors = process.communicate(timeout=120)
         assert process.returncode == 0 and words in output, errors
     process = cache_process(["verify", *arguments, "cache.k=9"])

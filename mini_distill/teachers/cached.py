@@ -134,6 +134,14 @@ def open_side(folder: Path, description: dict[str, Any], side: str) -> Side:
     return Side(folder, side, sizes["sequences"], sizes["shard_sequences"], digest(description["identity"]))
 
 
+def damaged_parts(folder: Path, description: dict[str, Any]) -> dict[Path, str]:
+    """Folder -> what is wrong with it, for whatever of a cache cannot be used."""
+    sides = [open_side(folder, description, side) for side in description["sides"]]
+    problems = {side.folder(number): problem for side in sides for number, problem in side.damaged().items()}
+    besides = [folder / "tokenizer", *([folder / "head"] if description["cache"]["kind"] == "hidden" else [])]
+    return problems | {part: found[0] for part in besides if (found := verify_folder(part))}
+
+
 def kind_of_side(config: CacheConfig, side: str, vocab_size: int) -> Kind:
     """How the targets of a side are kept: those of held-out sequences are for the evaluation, which is at temperature 1."""
     return KINDS[config.kind](replace(config, temperature=1.0) if side == "held_out" else config, vocab_size)
