@@ -23,9 +23,10 @@ from .data.prepare import PreparedData, prepare_data
 from .data.tokenizers import check_same_tokenizer, tokenizer_fingerprint, vocabulary_size
 from .errors import DistributedError, MiniDistillError, ModelError
 from .evaluation.evaluator import Evaluator
+from .imported_code import code_fingerprints
 from .losses.objective import Objective
 from .models.head import LanguageModel, embedding_rows
-from .models.identity import weights_fingerprint
+from .models.identity import architecture, model_identity
 from .models.loading import load_tokenizer
 from .models.packed_documents import check_documents_kept_apart
 from .out_of_memory import is_out_of_memory, out_of_memory
@@ -39,7 +40,7 @@ from .teachers.server import ServerTeacher, open_server
 from .teachers.targets import Teacher
 from .training.checkpoint import Checkpoints, load_optimizer, load_weights, optimizer_to_tensors
 from .training.fingerprints import compare_fingerprints
-from .training.objective import add_matching, build_objective
+from .training.objective import add_matching, build_objective, divergences_in_use
 from .training.optimizer import build_optimizer
 from .training.progress import TrainingProgress
 from .training.run_folder import RunFolder
@@ -158,14 +159,15 @@ class Distillation:
         """Load the newest good checkpoint, if there is one, and give its step; 0 for a new run.
 
         Raises:
-            ConfigError: settings, data, tokenizer or teacher differ from those of the checkpoint.
+            ConfigError: settings, data, tokenizer, models or imported code differ from those of the checkpoint.
         """
         folder = self.config.resume
         checkpoint = self.checkpoints.newest() if folder in ("auto", "never") else self.checkpoints.at(folder)
         if checkpoint is None:
             self.run.truncate_metrics(None)  # rows of a run that was killed before its first checkpoint
             return 0
-        compare_fingerprints(checkpoint.state["fingerprints"], self.fingerprints, self.config.resume_allow)
+        finished = checkpoint.step >= self.config.trainer.max_steps
+        compare_fingerprints(checkpoint.state["fingerprints"], self.fingerprints, self.config.resume_allow, finished)
         load_weights(self.language_model, checkpoint.tensors("model"))
         load_optimizer(self.optimizer, self.language_model, checkpoint.tensors("optimizer"), checkpoint.state["optimizer"])
         self.best, self.tokens_seen = checkpoint.state["best"], checkpoint.state["tokens_seen"]
@@ -224,7 +226,8 @@ def prepare(config: Config, run: RunFolder, tracker: Tracker) -> Distillation:
     with accelerator.main_process_first():
         data = prepare_data(config.data, tokenizer, show_progress=accelerator.is_main_process)
 
-    teacher, held_out_teacher = open_teacher(config, teacher_model, data, tokenizer)
+    who = model_identity(teacher_model) if teacher_model is not None else None
+    teacher, held_out_teacher = open_teacher(config, teacher_model, who, data, tokenizer)
     student_model = build_student(
         config.student,
         teacher=teacher_model,
@@ -246,6 +249,7 @@ def prepare(config: Config, run: RunFolder, tracker: Tracker) -> Distillation:
     checkpoints = Checkpoints(run.path / "checkpoints", keep=trainer.keep_checkpoints)
     if accelerator.is_main_process:
         checkpoints.check_space(language_model)
+    evaluator = build_evaluator(config, accelerator, data, teacher_model, held_out_teacher, tokenizer, run.path)
     return Distillation(
         config=config,
         run=run,
@@ -268,7 +272,7 @@ def prepare(config: Config, run: RunFolder, tracker: Tracker) -> Distillation:
         ),
         objective=objective,
         optimizer=build_optimizer(language_model, trainer),
-        evaluator=build_evaluator(config, accelerator, data, teacher_model, held_out_teacher, tokenizer, run.path),
+        evaluator=evaluator,
         checkpoints=checkpoints,
         tracker=tracker,
         fingerprints={
@@ -276,9 +280,10 @@ def prepare(config: Config, run: RunFolder, tracker: Tracker) -> Distillation:
             "global_batch_size": trainer.micro_batch_size * trainer.grad_accum_steps * accelerator.num_processes,
             "data": data.fingerprint_parts,
             "tokenizer": tokenizer_fingerprint(tokenizer),
-            "teacher": weights_fingerprint(teacher_model) if teacher_model is not None else None,
-            **({"teacher": teacher.identity} if isinstance(teacher, ServerTeacher) else {}),
+            "teacher": teacher.identity if isinstance(teacher, ServerTeacher) else who,
+            "student": {"config": architecture(student_model)} if config.student.kind == "hf" else None,  # else the settings say it all
             "cache": digest(teacher.description["identity"]) if isinstance(teacher, CachedTeacher) else None,
+            "code": code_fingerprints([*divergences_in_use(config.objective), *(config.evaluation.hooks if evaluator is not None else [])]),
         },
     )
 
@@ -310,9 +315,15 @@ def start_processes(precision: str, num_threads: int | None) -> Accelerator:
 
 
 def open_teacher(
-    config: Config, model: PreTrainedModel | None, data: PreparedData, tokenizer: PreTrainedTokenizerBase
+    config: Config,
+    model: PreTrainedModel | None,
+    who: dict[str, Any] | None,
+    data: PreparedData,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[Teacher | None, CachedTeacher | ServerTeacher | None]:
     """Where the training's targets come from, and those of the held-out text where no teacher in this process gives them.
+
+    `who` is what `model` is, to be compared with the cache.
 
     Raises:
         CacheError: the cache is damaged, incomplete, or of something else.
@@ -324,8 +335,8 @@ def open_teacher(
     if config.teacher.cache_dir is None:
         return (OnlineTeacher(model) if model is not None else None), None
     wanted: dict[str, Any] = {"data": data.fingerprint_parts, "tokenizer": tokenizer_fingerprint(tokenizer)}
-    if model is not None:
-        wanted["teacher"] = {"weights": weights_fingerprint(model), "dtype": str(model.dtype).removeprefix("torch.")}
+    if who is not None:
+        wanted["teacher"] = who
     folder = Path(config.teacher.cache_dir).expanduser()
     held_out = CachedTeacher(folder, wanted, "held_out") if model is None and data.held_out is not None else None
     return CachedTeacher(folder, wanted), held_out

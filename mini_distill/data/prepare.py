@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from ..config import DataConfig
 from ..contract import mixture_parts
 from ..errors import DataError
+from ..imported_code import code_fingerprint
 from ..onlooker import is_watched
 from ..storage import atomic_folder, remove_stale_temporaries, storage_errors, user_cache, verify_folder
 from .held_out import HELD_OUT, OVERLAP, TRAIN, SidedRow, split_rows
@@ -149,7 +150,8 @@ class _Job:
             "max_rows": self.config.max_rows,
             "on_bad_row": self.config.on_bad_row,
         }
-        return {**self.sources, **own}
+        code = {"code": code_fingerprint(self.config.source)} if "." in self.config.source else {}  # a class of the user's
+        return {**self.sources, **own, **code}
 
     @property
     def folder(self) -> Path:
