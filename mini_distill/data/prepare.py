@@ -33,7 +33,8 @@ from .sequences import Sequences
 from .sources import Source, open_source
 from .token_rows import TokenRows, TokenRowsWriter
 
-FORMAT = 2  # of the prepared folder
+FORMAT = 2  # of the rendering: what rows become
+LAYOUT = "tokens with checksums"  # of the prepared folder: where what they became is found
 ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 256, 2**22
 SIDES = (TRAIN, HELD_OUT)
 HARMLESS = ("empty", "other encoding")
@@ -156,7 +157,7 @@ class _Job:
     @property
     def folder(self) -> Path:
         # A copy of the same files elsewhere is the same data, but its rows have other origins.
-        return cache_folder(self.config) / _digest([self.parts, self.config.path, self.config.eval_path])[:32]
+        return cache_folder(self.config) / _digest([self.parts, self.config.path, self.config.eval_path, LAYOUT])[:32]
 
 
 def _open(config: DataConfig, tokenizer: PreTrainedTokenizerBase, where: str) -> _Job:

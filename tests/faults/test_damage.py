@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import checked, copy_of, run
+from runs import before_step, checked, checkpoint_steps, copy_of, run, status
 from torch import Tensor
 
 from faults.record import record
@@ -24,7 +24,7 @@ from faults.twins import Twins, crash_before
 from mini_distill.data.order import Stream
 from mini_distill.data.prepare import prepare_data
 from mini_distill.digest import digest_run
-from mini_distill.errors import MiniDistillError, StorageError
+from mini_distill.errors import DataError, MiniDistillError, StorageError
 from mini_distill.models.loading import load_causal_lm, load_tokenizer
 from mini_distill.storage import MANIFEST, verify_folder
 from mini_distill.teachers.cache_identity import read_description
@@ -274,6 +274,37 @@ def test_damaged_newest_checkpoint_is_skipped_and_the_end_is_the_same(
     assert "step-00000004" in caplog.text and "skipped" in caplog.text
     assert digest_run(tmp_path / "run") == digest_run(undisturbed("plain"))
     record("damaged newest checkpoint, the run goes on", injected=1, fired=1, exact=1)
+
+
+def cut_short(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def zeroed(file: Path) -> None:
+    with file.open("r+b") as opened:
+        opened.seek(256)
+        opened.write(bytes(file.stat().st_size - 256))
+
+
+@pytest.mark.parametrize("damage", [cut_short, zeroed])
+@pytest.mark.parametrize(("kind", "side"), [("plain", "train"), ("workers", "train"), ("evaluation", "held_out")])
+def test_tokens_that_change_while_a_run_reads_them_end_it_before_the_next_update(
+    kind: str, side: str, damage: Callable[[Path], None], twins: Twins, tmp_path: Path, undisturbed: Callable[[str], Path]
+) -> None:
+    """Half of the file was gone: zeros were trained on to the end, and the next run ended with other numbers."""
+    command = [*twins.command(kind), f"data.cache_dir={tmp_path / 'tokens'}"]
+
+    def harm() -> None:
+        (file,) = (tmp_path / "tokens").rglob(f"{side}.tokens.npy")
+        damage(file)
+
+    with before_step(2, harm), pytest.raises(DataError, match="no longer what was written") as caught:
+        run(command, tmp_path / "run")
+    assert caught.value.exit_code == 3 and len(caught.value.problems) == 1
+    assert status(tmp_path / "run")["exit_code"] == 3 and checkpoint_steps(tmp_path / "run")[-1] < 6
+    run(command, tmp_path / "run")
+    assert digest_run(tmp_path / "run") == digest_run(undisturbed(kind))
+    record("tokens changed while a run reads them", injected=1, fired=1, exact=1)
 
 
 def test_run_whose_checkpoints_are_all_damaged_is_not_silently_begun_anew(tiny_command: list[str], tmp_path: Path) -> None:
