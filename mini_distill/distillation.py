@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from .config import Config
 from .data.loader import TrainingBatches, evaluation_batches
 from .data.prepare import PreparedData, prepare_data
 from .data.tokenizers import check_same_tokenizer, tokenizer_fingerprint, vocabulary_size
-from .errors import DistributedError, MiniDistillError, ModelError
+from .errors import DistributedError, MiniDistillError, ModelError, StorageError
 from .evaluation.evaluator import Evaluator
 from .imported_code import code_fingerprints
 from .losses.objective import Objective
@@ -46,6 +47,8 @@ from .training.progress import TrainingProgress
 from .training.run_folder import RunFolder
 from .training.signals import StopRequest
 from .training.tracking import Tracker, open_tracker
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -148,6 +151,7 @@ class Distillation:
                     "optimizer": optimizer_state,
                     "best": self.best,
                     "tokens_seen": self.tokens_seen,
+                    "metrics": self.run.seal_metrics(),
                     "fingerprints": self.fingerprints,
                 },
                 best=self.best.get("step") == step,
@@ -160,20 +164,39 @@ class Distillation:
 
         Raises:
             ConfigError: settings, data, tokenizer, models or imported code differ from those of the checkpoint.
+            StorageError: what the run had written, checkpoints or rows of its metrics, is damaged or gone.
         """
-        folder = self.config.resume
+        folder, allow = self.config.resume, self.config.resume_allow
         checkpoint = self.checkpoints.newest() if folder in ("auto", "never") else self.checkpoints.at(folder)
         if checkpoint is None:
-            self.run.truncate_metrics(None)  # rows of a run that was killed before its first checkpoint
+            self.begin_anew()
             return 0
         finished = checkpoint.step >= self.config.trainer.max_steps
-        compare_fingerprints(checkpoint.state["fingerprints"], self.fingerprints, self.config.resume_allow, finished)
+        compare_fingerprints(checkpoint.state["fingerprints"], self.fingerprints, allow, finished)
+        if (
+            checkpoint.path.resolve().parent == self.checkpoints.folder.resolve() and "metrics" in checkpoint.state
+        ):  # not that of another run
+            self.run.check_metrics(checkpoint.step, checkpoint.state["metrics"], allowed="metrics" in allow)
         load_weights(self.language_model, checkpoint.tensors("model"))
         load_optimizer(self.optimizer, self.language_model, checkpoint.tensors("optimizer"), checkpoint.state["optimizer"])
         self.best, self.tokens_seen = checkpoint.state["best"], checkpoint.state["tokens_seen"]
         self.run.truncate_metrics(checkpoint.step)
         self.checkpoints.rewind(checkpoint.step)  # with resume=<folder> there may be later ones, of a way not taken
         return checkpoint.step
+
+    def begin_anew(self) -> None:
+        """Where there is no checkpoint: the rows of a run that was killed before its first one are dropped.
+
+        Raises:
+            StorageError: there was one.
+        """
+        if (saved := self.run.status().get("step", 0)) > 0:
+            what = f"no checkpoint is there, and the run has saved step {saved}"
+            remedy = "Bring back a copy of one, name one of another run with resume=<folder>, or start anew with resume=never."
+            raise StorageError(str(self.checkpoints.folder), what, remedy)
+        if lost := max((row["step"] for row in self.run.metrics()), default=0):
+            logger.warning("%s: it was stopped after step %d, before its first checkpoint, and begins anew", self.run.path, lost)
+        self.run.truncate_metrics(None)
 
 
 # ----------------------------------------------------------------------------------------------------------- putting it together

@@ -315,6 +315,73 @@ def test_run_whose_checkpoints_are_all_damaged_is_not_silently_begun_anew(tiny_c
         run(tiny_command, tmp_path / "run")
 
 
+METRICS: dict[str, Callable[[list[str]], list[str] | None]] = {
+    "deleted": lambda lines: None,
+    "emptied": lambda lines: [],
+    "a row gone": lambda lines: [*lines[:2], *lines[3:]],
+    "a digit changed": lambda lines: [lines[0], lines[1].replace("0.", "1.", 1), *lines[2:]],
+    "a row twice": lambda lines: [*lines[:2], lines[1], *lines[2:]],
+}
+
+
+@pytest.mark.parametrize("damage", METRICS)
+def test_a_run_whose_rows_are_not_those_it_wrote_does_not_go_on_silently(
+    damage: str, twins: Twins, tmp_path: Path, undisturbed: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without its metrics.jsonl, or a row of it, a run went on and ended with 0, and rows were missing for ever."""
+    command, file = twins.command("plain"), tmp_path / "run" / "metrics.jsonl"
+    crash_before(5, command, tmp_path / "run")
+    whole = file.read_text()
+    changed = METRICS[damage](whole.splitlines(keepends=True))
+    file.unlink() if changed is None else file.write_text("".join(changed))
+    for _ in range(2):  # the refusal changes nothing that would let the next start pass
+        with pytest.raises(StorageError, match=r"metrics\.jsonl: .* the run had written.* resume_allow=\[metrics\]"):
+            run(command, tmp_path / "run")
+    copy = copy_of(tmp_path / "run", tmp_path / "copy")
+    with caplog.at_level(logging.WARNING):
+        run(command, copy, "resume_allow=[metrics]")
+    assert "the run goes on with what is there" in caplog.text and status(copy)["state"] == "finished"
+    file.write_text(whole)
+    run(command, tmp_path / "run")
+    assert digest_run(tmp_path / "run") == digest_run(undisturbed("plain"))
+    record("damaged metrics.jsonl", injected=1, fired=1, refused=1)
+
+
+def test_where_the_row_of_the_best_step_is_gone_its_figures_are_measured_again(twins: Twins, tmp_path: Path) -> None:
+    command = [*twins.command("evaluation"), "evaluation.best_is=highest"]  # an early step is the best
+    crash_before(6, command, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    found = run(command, tmp_path / "run", "resume_allow=[metrics]")
+    wanted = run(command, tmp_path / "undisturbed")
+    assert found["train/exported_step"] < 5 and found["eval/student_nll"] == wanted["eval/student_nll"]
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_silently_begun_anew(
+    twins: Twins, tmp_path: Path, undisturbed: Callable[[str], Path]
+) -> None:
+    """Weeks of training were begun anew at step 0, without a word."""
+    command = twins.command("plain")
+    crash_before(2, command, tmp_path / "run")  # one step has been saved, a moment ago
+    shutil.move(tmp_path / "run" / "checkpoints", tmp_path / "elsewhere")
+    with pytest.raises(StorageError, match=r"checkpoints: no checkpoint is there, and the run has saved step 1\. .*resume=never"):
+        run(command, tmp_path / "run")
+    shutil.move(tmp_path / "elsewhere", tmp_path / "run" / "checkpoints")
+    run(command, tmp_path / "run")
+    assert digest_run(tmp_path / "run") == digest_run(undisturbed("plain"))
+    record("checkpoints of a run gone", injected=1, fired=1, refused=1)
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_says_that_it_begins_anew(
+    tiny_command: list[str], tmp_path: Path, undisturbed: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    command = [*tiny_command, "trainer.save_every=null"]
+    crash_before(4, command, tmp_path / "run")
+    with caplog.at_level(logging.WARNING):
+        run(command, tmp_path / "run")
+    assert "stopped after step 3, before its first checkpoint, and begins anew" in caplog.text
+    assert digest_run(tmp_path / "run") == digest_run(undisturbed("plain"))
+
+
 @pytest.mark.parametrize("name", ["student/model.safetensors", "student/tokenizer.json", "summary.json"])
 def test_a_damaged_result_of_a_finished_run_is_written_again(
     name: str, twins: Twins, tmp_path: Path, undisturbed: Callable[[str], Path]
