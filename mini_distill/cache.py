@@ -46,7 +46,7 @@ from .losses.linear import TeacherRows
 from .losses.reduction import loss_mask
 from .losses.sparse import SMALLEST_TAIL, SampledRows, TopKRows
 from .models.head import embedding_rows
-from .models.identity import weights_fingerprint
+from .models.identity import model_identity
 from .models.packed_documents import check_documents_kept_apart
 from .run import CallableCache
 from .storage import atomic_write_text, size_text
@@ -254,7 +254,11 @@ def _prepare(config: CacheCommand, accelerator: Accelerator, stop: StopRequest) 
         data = prepare_data(config.data, tokenizer, show_progress=accelerator.is_main_process)
     streams: dict[str, Stream] = {"train": data.train} | ({"held_out": data.held_out} if data.held_out is not None else {})
     wanted = identity(
-        config.cache, data=data.fingerprint_parts, tokenizer=tokenizer_fingerprint(tokenizer), precision=accelerator.mixed_precision, **who
+        config.cache,
+        data=data.fingerprint_parts,
+        tokenizer=tokenizer_fingerprint(tokenizer),
+        precision=accelerator.mixed_precision,
+        teacher=who,
     )
     builder = CacheBuilder(
         _folder(config),
@@ -272,7 +276,7 @@ def _prepare(config: CacheCommand, accelerator: Accelerator, stop: StopRequest) 
 
 def _open_teacher(
     config: CacheCommand, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase
-) -> tuple[OnlineTeacher | ServerTeacher, dict[str, str], dict[str, Any]]:
+) -> tuple[OnlineTeacher | ServerTeacher, dict[str, Any], dict[str, Any]]:
     """The teacher, its part of the identity, and what is worth knowing of it."""
     if (server := open_server(config.teacher, tokenizer)) is not None:
         server.check_length(config.data.seq_len)
@@ -289,7 +293,7 @@ def _open_teacher(
         "embedding_rows": embedding_rows(model),
         "positions": getattr(model.config.get_text_config(), "max_position_embeddings", 0),
     }
-    return OnlineTeacher(model), {"weights": weights_fingerprint(model), "dtype": str(model.dtype).removeprefix("torch.")}, facts
+    return OnlineTeacher(model), model_identity(model), facts
 
 
 def _check_stop(stop: StopRequest, folder: Path) -> None:

@@ -17,7 +17,12 @@ EVALUATION_METRICS = (
     "eval/top1_agreement",
     "eval/tokens",
 )
-FINGERPRINTS = ("tokenizer", "global_batch_size")  # compared on resuming besides the settings; resume_allow takes them too
+FINGERPRINTS = (
+    "tokenizer",
+    "global_batch_size",
+    "code",
+    "metrics",
+)  # compared on resuming besides the settings; resume_allow takes them too
 
 
 def option(default: Any, help: str, **limits: Any) -> Any:

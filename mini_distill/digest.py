@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 NOT_RESULTS = ("perf/", "time/")
 """Metrics that differ between two runs that went the same way: they measure the machine."""
+ABOUT_THE_RUN = ("fingerprints", "metrics")
+"""Of a checkpoint's state: where and when the run ran, and the checksum of rows that say so too."""
 
 
 def digest_run(path: Path | str) -> str:
@@ -45,7 +47,7 @@ def digest_run(path: Path | str) -> str:
     digest = hashlib.sha256()
     for name in checkpoint.names:
         _add_tensors(digest, name, checkpoint.tensors(name))
-    _add_value(digest, "state", {key: value for key, value in checkpoint.state.items() if key != "fingerprints"})
+    _add_value(digest, "state", {key: value for key, value in checkpoint.state.items() if key not in ABOUT_THE_RUN})
     run = RunFolder(path, {})
     _add_value(digest, "metrics", _results(run.metrics()))
     for file in sorted((path / "student").glob("*.safetensors")) if run.status().get("state") == "finished" else []:

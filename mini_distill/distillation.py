@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -21,11 +22,12 @@ from .config import Config
 from .data.loader import TrainingBatches, evaluation_batches
 from .data.prepare import PreparedData, prepare_data
 from .data.tokenizers import check_same_tokenizer, tokenizer_fingerprint, vocabulary_size
-from .errors import DistributedError, MiniDistillError, ModelError
+from .errors import DistributedError, MiniDistillError, ModelError, StorageError
 from .evaluation.evaluator import Evaluator
+from .imported_code import code_fingerprints
 from .losses.objective import Objective
 from .models.head import LanguageModel, embedding_rows
-from .models.identity import weights_fingerprint
+from .models.identity import architecture, model_identity
 from .models.loading import load_tokenizer
 from .models.packed_documents import check_documents_kept_apart
 from .out_of_memory import is_out_of_memory, out_of_memory
@@ -39,12 +41,14 @@ from .teachers.server import ServerTeacher, open_server
 from .teachers.targets import Teacher
 from .training.checkpoint import Checkpoints, load_optimizer, load_weights, optimizer_to_tensors
 from .training.fingerprints import compare_fingerprints
-from .training.objective import add_matching, build_objective
+from .training.objective import add_matching, build_objective, divergences_in_use
 from .training.optimizer import build_optimizer
 from .training.progress import TrainingProgress
 from .training.run_folder import RunFolder
 from .training.signals import StopRequest
 from .training.tracking import Tracker, open_tracker
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -147,6 +151,7 @@ class Distillation:
                     "optimizer": optimizer_state,
                     "best": self.best,
                     "tokens_seen": self.tokens_seen,
+                    "metrics": self.run.seal_metrics(),
                     "fingerprints": self.fingerprints,
                 },
                 best=self.best.get("step") == step,
@@ -158,20 +163,40 @@ class Distillation:
         """Load the newest good checkpoint, if there is one, and give its step; 0 for a new run.
 
         Raises:
-            ConfigError: settings, data, tokenizer or teacher differ from those of the checkpoint.
+            ConfigError: settings, data, tokenizer, models or imported code differ from those of the checkpoint.
+            StorageError: what the run had written, checkpoints or rows of its metrics, is damaged or gone.
         """
-        folder = self.config.resume
+        folder, allow = self.config.resume, self.config.resume_allow
         checkpoint = self.checkpoints.newest() if folder in ("auto", "never") else self.checkpoints.at(folder)
         if checkpoint is None:
-            self.run.truncate_metrics(None)  # rows of a run that was killed before its first checkpoint
+            self.begin_anew()
             return 0
-        compare_fingerprints(checkpoint.state["fingerprints"], self.fingerprints, self.config.resume_allow)
+        finished = checkpoint.step >= self.config.trainer.max_steps
+        compare_fingerprints(checkpoint.state["fingerprints"], self.fingerprints, allow, finished)
+        if (
+            checkpoint.path.resolve().parent == self.checkpoints.folder.resolve() and "metrics" in checkpoint.state
+        ):  # not that of another run
+            self.run.check_metrics(checkpoint.step, checkpoint.state["metrics"], allowed="metrics" in allow)
         load_weights(self.language_model, checkpoint.tensors("model"))
         load_optimizer(self.optimizer, self.language_model, checkpoint.tensors("optimizer"), checkpoint.state["optimizer"])
         self.best, self.tokens_seen = checkpoint.state["best"], checkpoint.state["tokens_seen"]
         self.run.truncate_metrics(checkpoint.step)
         self.checkpoints.rewind(checkpoint.step)  # with resume=<folder> there may be later ones, of a way not taken
         return checkpoint.step
+
+    def begin_anew(self) -> None:
+        """Where there is no checkpoint: the rows of a run that was killed before its first one are dropped.
+
+        Raises:
+            StorageError: there was one.
+        """
+        if (saved := self.run.status().get("step", 0)) > 0:
+            what = f"no checkpoint is there, and the run has saved step {saved}"
+            remedy = "Bring back a copy of one, name one of another run with resume=<folder>, or start anew with resume=never."
+            raise StorageError(str(self.checkpoints.folder), what, remedy)
+        if lost := max((row["step"] for row in self.run.metrics()), default=0):
+            logger.warning("%s: it was stopped after step %d, before its first checkpoint, and begins anew", self.run.path, lost)
+        self.run.truncate_metrics(None)
 
 
 # ----------------------------------------------------------------------------------------------------------- putting it together
@@ -224,7 +249,8 @@ def prepare(config: Config, run: RunFolder, tracker: Tracker) -> Distillation:
     with accelerator.main_process_first():
         data = prepare_data(config.data, tokenizer, show_progress=accelerator.is_main_process)
 
-    teacher, held_out_teacher = open_teacher(config, teacher_model, data, tokenizer)
+    who = model_identity(teacher_model) if teacher_model is not None else None
+    teacher, held_out_teacher = open_teacher(config, teacher_model, who, data, tokenizer)
     student_model = build_student(
         config.student,
         teacher=teacher_model,
@@ -246,6 +272,7 @@ def prepare(config: Config, run: RunFolder, tracker: Tracker) -> Distillation:
     checkpoints = Checkpoints(run.path / "checkpoints", keep=trainer.keep_checkpoints)
     if accelerator.is_main_process:
         checkpoints.check_space(language_model)
+    evaluator = build_evaluator(config, accelerator, data, teacher_model, held_out_teacher, tokenizer, run.path)
     return Distillation(
         config=config,
         run=run,
@@ -268,7 +295,7 @@ def prepare(config: Config, run: RunFolder, tracker: Tracker) -> Distillation:
         ),
         objective=objective,
         optimizer=build_optimizer(language_model, trainer),
-        evaluator=build_evaluator(config, accelerator, data, teacher_model, held_out_teacher, tokenizer, run.path),
+        evaluator=evaluator,
         checkpoints=checkpoints,
         tracker=tracker,
         fingerprints={
@@ -276,9 +303,10 @@ def prepare(config: Config, run: RunFolder, tracker: Tracker) -> Distillation:
             "global_batch_size": trainer.micro_batch_size * trainer.grad_accum_steps * accelerator.num_processes,
             "data": data.fingerprint_parts,
             "tokenizer": tokenizer_fingerprint(tokenizer),
-            "teacher": weights_fingerprint(teacher_model) if teacher_model is not None else None,
-            **({"teacher": teacher.identity} if isinstance(teacher, ServerTeacher) else {}),
+            "teacher": teacher.identity if isinstance(teacher, ServerTeacher) else who,
+            "student": {"config": architecture(student_model)} if config.student.kind == "hf" else None,  # else the settings say it all
             "cache": digest(teacher.description["identity"]) if isinstance(teacher, CachedTeacher) else None,
+            "code": code_fingerprints([*divergences_in_use(config.objective), *(config.evaluation.hooks if evaluator is not None else [])]),
         },
     )
 
@@ -310,9 +338,15 @@ def start_processes(precision: str, num_threads: int | None) -> Accelerator:
 
 
 def open_teacher(
-    config: Config, model: PreTrainedModel | None, data: PreparedData, tokenizer: PreTrainedTokenizerBase
+    config: Config,
+    model: PreTrainedModel | None,
+    who: dict[str, Any] | None,
+    data: PreparedData,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[Teacher | None, CachedTeacher | ServerTeacher | None]:
     """Where the training's targets come from, and those of the held-out text where no teacher in this process gives them.
+
+    `who` is what `model` is, to be compared with the cache.
 
     Raises:
         CacheError: the cache is damaged, incomplete, or of something else.
@@ -324,8 +358,8 @@ def open_teacher(
     if config.teacher.cache_dir is None:
         return (OnlineTeacher(model) if model is not None else None), None
     wanted: dict[str, Any] = {"data": data.fingerprint_parts, "tokenizer": tokenizer_fingerprint(tokenizer)}
-    if model is not None:
-        wanted["teacher"] = {"weights": weights_fingerprint(model), "dtype": str(model.dtype).removeprefix("torch.")}
+    if who is not None:
+        wanted["teacher"] = who
     folder = Path(config.teacher.cache_dir).expanduser()
     held_out = CachedTeacher(folder, wanted, "held_out") if model is None and data.held_out is not None else None
     return CachedTeacher(folder, wanted), held_out

@@ -49,7 +49,7 @@ def write_result(d: Distillation, control: dict[str, Any] | None = None) -> dict
         control: The summary of the same run without its teacher, to compare with.
     """
     exported_step = export_weights(d)
-    after = metrics_at(d, exported_step)
+    after = metrics_at(d, exported_step) or d.evaluate(exported_step)  # its row is gone where resume_allow=[metrics] was needed
     samples = write_samples(d)
     look = look_closely(d)
     further = {} if look is None else {key: value for key, value in look.metrics().items() if key not in after}

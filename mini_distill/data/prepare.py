@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from ..config import DataConfig
 from ..contract import mixture_parts
 from ..errors import DataError
+from ..imported_code import code_fingerprint
 from ..onlooker import is_watched
 from ..storage import atomic_folder, remove_stale_temporaries, storage_errors, user_cache, verify_folder
 from .held_out import HELD_OUT, OVERLAP, TRAIN, SidedRow, split_rows
@@ -32,7 +33,8 @@ from .sequences import Sequences
 from .sources import Source, open_source
 from .token_rows import TokenRows, TokenRowsWriter
 
-FORMAT = 2  # of the prepared folder
+FORMAT = 2  # of the rendering: what rows become
+LAYOUT = "tokens with checksums"  # of the prepared folder: where what they became is found
 ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 256, 2**22
 SIDES = (TRAIN, HELD_OUT)
 HARMLESS = ("empty", "other encoding")
@@ -149,12 +151,13 @@ class _Job:
             "max_rows": self.config.max_rows,
             "on_bad_row": self.config.on_bad_row,
         }
-        return {**self.sources, **own}
+        code = {"code": code_fingerprint(self.config.source)} if "." in self.config.source else {}  # a class of the user's
+        return {**self.sources, **own, **code}
 
     @property
     def folder(self) -> Path:
         # A copy of the same files elsewhere is the same data, but its rows have other origins.
-        return cache_folder(self.config) / _digest([self.parts, self.config.path, self.config.eval_path])[:32]
+        return cache_folder(self.config) / _digest([self.parts, self.config.path, self.config.eval_path, LAYOUT])[:32]
 
 
 def _open(config: DataConfig, tokenizer: PreTrainedTokenizerBase, where: str) -> _Job:

@@ -15,15 +15,14 @@ DESCRIPTION = "cache.json"
 FORMAT = 1
 
 
-def identity(config: CacheConfig, *, data: dict[str, Any], tokenizer: str, weights: str, dtype: str, precision: str) -> dict[str, Any]:
+def identity(config: CacheConfig, *, data: dict[str, Any], tokenizer: str, teacher: dict[str, Any], precision: str) -> dict[str, Any]:
     """Everything that the targets depend on, as nested JSON values.
 
     Args:
         config: What is kept of the distribution.
         data: `PreparedData.fingerprint_parts`: sources and their rows, rendering with the chat template, length and packing.
         tokenizer: Its fingerprint.
-        weights: The teacher's fingerprint, over every weight.
-        dtype: The teacher's.
+        teacher: What it is: the fingerprint of its weights, their dtype, and the rest of what it computes with.
         precision: Of its forward passes: shards of one cache are scored alike.
     """
     matters = {"sampled": ["k", "sampling", "seed"], "topk": ["k", "tail"], "full": [], "hidden": []}[config.kind]
@@ -32,7 +31,7 @@ def identity(config: CacheConfig, *, data: dict[str, Any], tokenizer: str, weigh
     return {
         "format": FORMAT,
         "cache": {"kind": config.kind, **{name: getattr(config, name) for name in matters}},
-        "teacher": {"weights": weights, "dtype": dtype},
+        "teacher": teacher,
         "scoring": {"precision": precision},
         "tokenizer": tokenizer,
         "data": data,

@@ -55,6 +55,13 @@ def build_objective(config: ObjectiveConfig, trainer: TrainerConfig, on_gpu: boo
     )
 
 
+def divergences_in_use(config: ObjectiveConfig) -> list[str]:
+    """The divergences of the loss, by name or import path, as its settings have them."""
+    main = [config.divergence] if config.kl_weight > 0 else []
+    kinds = [term.kind for term in objective_terms(config).values() if term.kind is not None and term.weight > 0]
+    return [*main, *(kind for kind in kinds if kind not in matching_parameters())]
+
+
 def add_matching(objective: Objective, config: ObjectiveConfig, student: LanguageModel, teacher: PreTrainedModel | None, seed: int) -> None:
     """The matching of inner states, where the configuration asks for it; its projections join the student's parameters.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import math
@@ -70,6 +71,7 @@ class RunFolder:
         self._updated = 0.0
         self._logged: set[tuple[int, str]] = set()
         self._metrics_file = -1
+        self._written = MetricsRecord()
         self._held = contextlib.ExitStack()
 
     # ------------------------------------------------------------------------------------------------------------ its life
@@ -124,9 +126,9 @@ class RunFolder:
         return _read_status(self.path)
 
     def set_step(self, step: int) -> None:
-        """Note the optimizer step that is reached; status.json follows at most every 30 seconds, and at the end."""
-        self._step = step
-        if time.monotonic() - self._updated > SECONDS_BETWEEN_UPDATES:
+        """Note the optimizer step that is saved; status.json follows at the first, at most every 30 seconds, and at the end."""
+        is_first, self._step = self._step == 0, step
+        if is_first or time.monotonic() - self._updated > SECONDS_BETWEEN_UPDATES:
             self._write_status("running", None)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
@@ -176,6 +178,7 @@ class RunFolder:
         line = json.dumps({"step": step, **_finite(metrics)}) + "\n"
         with storage_errors(self.path / "metrics.jsonl", "write"):
             self._append(line.encode())
+        self._written.add(json.loads(line))
         self._logged |= kinds
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -189,6 +192,37 @@ class RunFolder:
             lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
         return [_parse_row(file, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
 
+    def seal_metrics(self) -> dict[str, Any]:
+        """Make the rows so far durable, and give what a checkpoint keeps of them: how many there are, and their SHA-256."""
+        with storage_errors(self.path / "metrics.jsonl", "write"):
+            os.fsync(self._metrics_file)
+        return self._written.plain()
+
+    def check_metrics(self, step: int, sealed: Mapping[str, Any], allowed: bool = False) -> None:
+        """See that metrics.jsonl still has the rows that were sealed when `step` was saved.
+
+        Args:
+            step: The step.
+            sealed: What `seal_metrics` gave.
+            allowed: Rows that are missing cost a warning only.
+
+        Raises:
+            StorageError: a row is missing, is another, or has been added.
+        """
+        there = MetricsRecord()
+        for row in self.metrics():
+            if row["step"] <= step:
+                there.add(row)
+        if there.plain() == sealed:
+            return
+        what = f"{there.rows} rows up to step {step}, and the run had written {sealed['rows']}"
+        if there.rows == sealed["rows"]:
+            what = f"not the rows up to step {step} that the run had written"
+        if not allowed:
+            remedy = "Bring back a copy of the file, or add resume_allow=[metrics] to go on with what is there."
+            raise StorageError(str(self.path / "metrics.jsonl"), what, remedy)
+        logger.warning("%s: %s; the run goes on with what is there", self.path / "metrics.jsonl", what)
+
     def truncate_metrics(self, step: int | None) -> None:
         """Drop the rows beyond `step`, from which the run goes on; None: it begins anew, drop all."""
         if self._is_main:
@@ -200,7 +234,10 @@ class RunFolder:
             self._metrics_file = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
             whole = file.read_bytes().rpartition(b"\n")
             os.ftruncate(self._metrics_file, len(whole[0] + whole[1]))  # a row torn by a kill
-        self._logged = {(row["step"], key.partition("/")[0]) for row in self.metrics() for key in row if key != "step"}
+        self._logged, self._written = set(), MetricsRecord()
+        for row in self.metrics():
+            self._logged |= {(row["step"], key.partition("/")[0]) for key in row if key != "step"}
+            self._written.add(row)
 
     def _close_metrics(self) -> None:
         if self._metrics_file >= 0:
@@ -221,6 +258,28 @@ class RunFolder:
         self._close_metrics()
         atomic_write_text(self.path / "metrics.jsonl", "".join(lines))
         self._open_metrics()
+
+
+class MetricsRecord:
+    """What the rows of a metrics.jsonl are, row after row: how many, and their SHA-256. One without numbers does not count.
+
+    Attributes:
+        rows: How many.
+    """
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._digest = hashlib.sha256()
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """The next row."""
+        if len(row) > 1:
+            self.rows += 1
+            self._digest.update(json.dumps(row).encode() + b"\n")
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {"rows": self.rows, "sha256": self._digest.hexdigest()}
 
 
 # ------------------------------------------------------------------------------------------------------------- what is in a folder
@@ -279,7 +338,8 @@ def _parse_row(file: Path, number: int, line: bytes) -> dict[str, Any]:
             return row
     except ValueError:
         pass
-    raise StorageError(f"{file}:{number}", "not a row of metrics (expected a JSON object with a step)", "Delete this line.")
+    remedy = "Bring back a copy of the file, or delete this line and add resume_allow=[metrics]."
+    raise StorageError(f"{file}:{number}", "not a row of metrics (expected a JSON object with a step)", remedy)
 
 
 def _finite(value: Any) -> Any:

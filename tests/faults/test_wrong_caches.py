@@ -35,6 +35,12 @@ def two_tokens_swapped(teacher: Path) -> None:
     file.write_text(json.dumps(tokenizer))
 
 
+def another_epsilon(teacher: Path) -> None:
+    """Every weight is as before, every logit is not."""
+    settings = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps({**settings, "rms_norm_eps": 0.01}))
+
+
 def refused(body: Callable[[], object], kind: type[MiniDistillError] = CacheError) -> str:
     """The lines of the refusal, noted for the report."""
     lines = helpers.refused(body, kind)
@@ -44,6 +50,7 @@ def refused(body: Callable[[], object], kind: type[MiniDistillError] = CacheErro
 
 TEACHERS: dict[str, tuple[Callable[[Path], None] | None, list[str], str]] = {
     "one weight": (one_weight_changed, [], "teacher.weights"),
+    "epsilon": (another_epsilon, [], "teacher.config.rms_norm_eps: the cache has 1e-06, this run 0.01"),
     "dtype": (None, ["teacher.dtype=bfloat16"], 'teacher.dtype: the cache has "float32", this run "bfloat16"'),
     "permuted vocabulary": (two_tokens_swapped, [], "tokenizer: the cache has"),
 }
