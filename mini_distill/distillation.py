@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -287,7 +286,7 @@ def start_processes(precision: str, num_threads: int | None) -> Accelerator:
     """The process group, device and precision.
 
     Raises:
-        DistributedError: more processes were launched than joined the group.
+        DistributedError: weights were to be sharded, or more processes were launched than joined the group.
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
@@ -295,10 +294,8 @@ def start_processes(precision: str, num_threads: int | None) -> Accelerator:
     if precision == "auto":
         precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
     AcceleratorState._reset_state()  # of another run in this process, as in a sweep: its precision is not ours
+    _refuse_sharding()
     accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=not on_gpu)
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        what = f"accelerate is set up for {accelerator.distributed_type.value}, and checkpoints of sharded weights are not written here"
-        raise DistributedError("torch.distributed", what, "Start with torchrun, which replicates the student (DDP).")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise DistributedError(
@@ -307,6 +304,18 @@ def start_processes(precision: str, num_threads: int | None) -> Accelerator:
             "Start with torchrun --nproc_per_node N -m mini_distill.train.",
         )
     return accelerator
+
+
+def _refuse_sharding() -> None:
+    """By what a launcher says of itself: on a CPU, and with a single process, accelerate passes over it and shards nothing.
+
+    Raises:
+        DistributedError: weights were to be sharded.
+    """
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1", "yes", "on"):
+            what = f"accelerate is set up for {name} (ACCELERATE_USE_{name}), and checkpoints of sharded weights are not written here"
+            raise DistributedError("torch.distributed", what, "Start with torchrun, which replicates the student (DDP).")
 
 
 def open_teacher(
