@@ -412,6 +412,10 @@ def _check_matching(term: TermConfig, where: str, config: Config) -> Iterator[Pr
             yield Problem(
                 f"{where}.layer_map", f"got {shown({student: teacher})}, expected whole numbers", "Give {student block: teacher block}."
             )
+    trainer = config.trainer
+    if trainer.compile and trainer.gradient_checkpointing and term.weight > 0 and not str(term.kind).startswith("hidden"):
+        what = f"true with trainer.gradient_checkpointing=true, and {where} looks into the blocks, which are not seen in compiled recomputation"
+        yield Problem("trainer.compile", what, "Leave one of the two out; hidden_mse and hidden_cosine go with both.")
     if str(term.kind).startswith("attention"):
         for group, part in (("teacher", config.teacher), ("student", config.student)):
             if part.attn_implementation != "eager":
