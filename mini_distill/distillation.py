@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from .config import Config
 from .data.loader import TrainingBatches, evaluation_batches
 from .data.prepare import PreparedData, prepare_data
 from .data.tokenizers import check_same_tokenizer, tokenizer_fingerprint, vocabulary_size
-from .errors import DistributedError, MiniDistillError, ModelError
+from .errors import ConfigError, DistributedError, MiniDistillError, ModelError
 from .evaluation.evaluator import Evaluator
 from .losses.objective import Objective
 from .models.head import LanguageModel, embedding_rows
@@ -194,7 +195,7 @@ def open_run(config: Config) -> Iterator[tuple[RunFolder, StopRequest, Tracker]]
 def naming_the_process() -> Iterator[None]:
     """With several processes, whose output is mixed, an unexpected error ends in a line that names the one it happened on, and when.
 
-    Memory that is not there is expected, with one process too.
+    Memory that is not there is expected, with one process too, and so is a compiler that is not.
     """
     try:
         yield
@@ -203,6 +204,10 @@ def naming_the_process() -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise out_of_memory(error) from error
+        if _is_of_the_compiler(error):
+            paragraph, _, _ = str(error).partition("\n\n")  # advice on how to report a bug follows
+            what = f"true, and the student cannot be compiled here ({paragraph})"
+            raise ConfigError("trainer.compile", what, "Leave it out.") from error
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise
         steps = [note for note in getattr(error, "__notes__", []) if note.startswith("step ")]
@@ -211,6 +216,12 @@ def naming_the_process() -> Iterator[None]:
             raise DistributedError(where, "another process of the group is gone", "Its own line says why, if it was not killed.") from error
         print_traceback()
         raise DistributedError(where, f"{type(error).__name__}: {error}", "The traceback stands above.") from error
+
+
+def _is_of_the_compiler(error: Exception) -> bool:
+    """Where nothing was compiled, the seconds are spared that importing its errors takes."""
+    known = sys.modules.get("torch._dynamo.exc")
+    return known is not None and isinstance(error, known.TorchDynamoException)
 
 
 def prepare(config: Config, run: RunFolder, tracker: Tracker) -> Distillation:

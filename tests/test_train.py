@@ -94,6 +94,33 @@ def test_a_compiled_student_trains_as_the_plain_one(
     assert_close(tmp_path / "a", tmp_path / "b", 1e-4)
 
 
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where no C compiler is installed."""
+
+    def fails(*_: Any) -> None:
+        raise OSError("No working C++ compiler found")
+
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **settings: original(*args, **settings, backend=fails))
+
+
+def test_without_a_compiler_the_terms_run_as_they_are_and_a_line_says_so(
+    no_compiler: None, tiny_command: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a GPU with Triton the terms are compiled unasked, and the run died where there was no C compiler."""
+    for name, compiled in (("a", "false"), ("b", "true")):
+        run(tiny_command, tmp_path / name, "trainer.max_steps=3", f"objective.compile={compiled}")
+    (line,) = [record.getMessage() for record in caplog.records if "compile" in record.getMessage()]
+    assert line.startswith("objective.compile: ") and "No working C++ compiler found" in line
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def test_without_a_compiler_a_student_that_shall_be_compiled_is_refused(no_compiler: None, tiny_command: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.compile: true, and the student cannot be compiled here \(.*No working C"):
+        run(tiny_command, tmp_path / "run", "trainer.compile=true", "data.eval_fraction=0")
+
+
 def test_tokens_and_learning_rate_are_those_of_the_step(tiny_command: list[str], tmp_path: Path) -> None:
     summary = run(tiny_command, tmp_path / "run", "trainer.warmup_steps=2", "trainer.schedule=constant")
     found = [row for row in rows(tmp_path / "run") if row["step"]]

@@ -51,8 +51,16 @@ def build_objective(config: ObjectiveConfig, trainer: TrainerConfig, on_gpu: boo
         further=further,
         schedules={name: {int(step): factor for step, factor in points.items()} for name, points in config.schedules.items()},
         memory_mib=config.logits_memory_mib,
-        compile=trainer.compile or (on_gpu and _has_triton()),
+        compile=_compiles(config, trainer, on_gpu),
     )
+
+
+def _compiles(config: ObjectiveConfig, trainer: TrainerConfig, on_gpu: bool) -> bool:
+    """Whether the terms are compiled: as told, else where it can be expected to work and to be worth its while."""
+    if config.compile is not None:
+        return config.compile
+    terms = [(config.divergence, config.kl_weight), *((str(term.kind), term.weight) for term in objective_terms(config).values())]
+    return (trainer.compile or (on_gpu and _has_triton())) and not any("." in kind for kind, weight in terms if weight > 0)
 
 
 def add_matching(objective: Objective, config: ObjectiveConfig, student: LanguageModel, teacher: PreTrainedModel | None, seed: int) -> None:
