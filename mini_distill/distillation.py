@@ -39,7 +39,7 @@ from .teachers.server import ServerTeacher, open_server
 from .teachers.targets import Teacher
 from .training.checkpoint import Checkpoints, load_optimizer, load_weights, optimizer_to_tensors
 from .training.fingerprints import compare_fingerprints
-from .training.objective import add_matching, build_objective
+from .training.objective import add_matching, build_objective, warn_of_growing_gradients
 from .training.optimizer import build_optimizer
 from .training.progress import TrainingProgress
 from .training.run_folder import RunFolder
@@ -228,6 +228,8 @@ def prepare(config: Config, run: RunFolder, tracker: Tracker) -> Distillation:
     """Load, build and check everything, the cheap things first."""
     accelerator = start_processes(config.trainer.precision, config.trainer.num_threads)
     objective = build_objective(config.objective, config.trainer, on_gpu=accelerator.device.type == "cuda")
+    if accelerator.is_main_process:
+        warn_of_growing_gradients(config.objective)
     teacher_model = load_teacher(config.teacher, accelerator.device)
     tokenizer = load_shared_tokenizer(config)
     objective.vocab_size = vocabulary_size(tokenizer)

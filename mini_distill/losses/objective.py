@@ -51,7 +51,8 @@ class DivergenceTerm:
         temperature: Softens both distributions.
         options: Further arguments of the divergence.
         scale_by_temperature_squared: Multiply by T². The gradient of a divergence at temperature T shrinks as 1/T², so this
-            keeps its size, and with it the meaning of the weights (Hinton et al. 2015, section 2.1).
+            keeps its size, and with it the meaning of the weights (Hinton et al. 2015, section 2.1); those of which this does not
+            hold are in `catalogue.FALL_AS_ONE_OVER_T`.
     """
 
     name: str

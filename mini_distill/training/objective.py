@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,12 +17,14 @@ from ..config import ObjectiveConfig, TrainerConfig
 from ..contract import objective_terms
 from ..errors import ConfigError
 from ..losses import divergences
-from ..losses.catalogue import matching_parameters
+from ..losses.catalogue import FALL_AS_ONE_OVER_T, matching_parameters
 from ..losses.objective import DivergenceTerm, Objective
 from ..models.head import LanguageModel
 from ..teachers.matching import Matching
 
 TRIAL_VOCABULARY = 1024
+
+logger = logging.getLogger(__name__)
 
 
 def build_objective(config: ObjectiveConfig, trainer: TrainerConfig, on_gpu: bool) -> Objective:
@@ -61,6 +64,16 @@ def _compiles(config: ObjectiveConfig, trainer: TrainerConfig, on_gpu: bool) -> 
         return config.compile
     terms = [(config.divergence, config.kl_weight), *((str(term.kind), term.weight) for term in objective_terms(config).values())]
     return (trainer.compile or (on_gpu and _has_triton())) and not any("." in kind for kind, weight in terms if weight > 0)
+
+
+def warn_of_growing_gradients(config: ObjectiveConfig) -> None:
+    """Say in one line of which terms T² does not keep the gradient's size, but makes it grow with the temperature."""
+    terms = {config.divergence: (config.divergence, config.temperature, config.kl_weight)}
+    terms |= {name: (str(term.kind), term.temperature or 1.0, term.weight) for name, term in objective_terms(config).items()}
+    growing = [f"{name} (T={t:g})" for name, (kind, t, weight) in terms.items() if kind in FALL_AS_ONE_OVER_T and t != 1 and weight > 0]
+    if growing and config.scale_by_temperature_squared:
+        what = "with T² the gradient of %s grows as T, since it falls as 1/T alone; set it to false, or divide the weight by T"
+        logger.warning(f"objective.scale_by_temperature_squared: {what}", ", ".join(growing))
 
 
 def add_matching(objective: Objective, config: ObjectiveConfig, student: LanguageModel, teacher: PreTrainedModel | None, seed: int) -> None:

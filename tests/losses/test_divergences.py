@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mini_distill.losses import divergences
-from mini_distill.losses.catalogue import divergence_parameters
+from mini_distill.losses.catalogue import FALL_AS_ONE_OVER_T, divergence_parameters
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in divergence_parameters()),
@@ -397,6 +397,18 @@ def test_with_temperature_squared_the_gradient_keeps_its_size(case: tuple[str, d
         assert student.grad is not None
         sizes.append(student.grad.norm().item())
     assert max(sizes) / min(sizes) < 1.05
+
+
+def test_the_gradient_falls_with_the_temperature_as_it_is_said(case: tuple[str, dict[str, Any]], divergence: Callable[..., Tensor]) -> None:
+    """T² is for those that fall as 1/T². The gradient of total variation or of a teacher's hard labels grew as T with it."""
+    sizes = []
+    for temperature in (16.0, 64.0):
+        student = logits(50, 99, scale=1.0).requires_grad_()
+        divergence(student, logits(50, 99, seed=1, scale=1.0), temperature).sum().backward()
+        assert student.grad is not None
+        sizes.append(student.grad.norm().item())
+    slope = math.log(sizes[1] / sizes[0]) / math.log(64 / 16)
+    assert slope == pytest.approx(-1 if case[0] in FALL_AS_ONE_OVER_T else -2, abs=0.02)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])

@@ -9,7 +9,7 @@ import torch
 
 from mini_distill.config import ObjectiveConfig, TrainerConfig
 from mini_distill.training import objective as module
-from mini_distill.training.objective import build_objective
+from mini_distill.training.objective import build_objective, warn_of_growing_gradients
 
 OWN = {"divergence": "user_functions.twice_forward_kl"}
 
@@ -37,3 +37,23 @@ def test_the_terms_are_compiled_as_told_or_where_it_pays(
     monkeypatch.setattr(module, "_has_triton", lambda: True)
     build_objective(ObjectiveConfig(**settings), TrainerConfig(compile=student_compiled), on_gpu)
     assert bool(compiled) is expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "growing"),
+    [
+        ({"divergence": "total_variation", "temperature": 4.0}, "total_variation (T=4)"),
+        ({"temperature": 4.0, "terms": {"hard": {"kind": "teacher_argmax_ce"}}}, "hard (T=4)"),
+        ({"divergence": "ranking_hinge", "terms": {"teacher_sample_ce": {"temperature": 0.5}}}, "teacher_sample_ce (T=0.5)"),
+        ({"divergence": "total_variation", "temperature": 4.0, "scale_by_temperature_squared": False}, None),
+        ({"divergence": "total_variation", "temperature": 4.0, "kl_weight": 0.0}, None),
+        ({"divergence": "total_variation"}, None),
+        ({"temperature": 4.0, "terms": {"jsd": {}, "hidden_mse": {}, "mine": {"kind": "user_functions.twice_forward_kl"}}}, None),
+    ],
+)
+def test_a_gradient_that_the_factor_of_temperature_makes_grow_is_named(
+    settings: dict[str, Any], growing: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    warn_of_growing_gradients(ObjectiveConfig(**settings))
+    lines = [record.getMessage() for record in caplog.records]
+    assert [f"with T² the gradient of {growing} grows as T" in line for line in lines] == ([True] if growing else [])
