@@ -171,6 +171,8 @@ class _LinearTerms(torch.autograd.Function):
     def backward(ctx: Any, loss_gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("backward through the loss a second time: its gradients were handed out in the first")
+        if torch.is_grad_enabled():  # with create_graph=True
+            raise RuntimeError("the gradients of the loss were made in its forward pass, without a graph: there is no second derivative")
         gradients, ctx.gradients = ctx.gradients, None
         # In place: nobody else has them, and those of the head are as large as the head. Rounded once, after the factor.
         scaled = [None if g is None else g.mul_(loss_gradient.to(g.dtype)) for g in gradients]

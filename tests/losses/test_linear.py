@@ -495,6 +495,13 @@ def test_a_second_backward_is_refused(retain: bool, kind: str) -> None:
         loss.backward()
 
 
+def test_a_second_derivative_is_refused() -> None:
+    given = case()
+    loss = objective_of().fused(given.hidden, given.head, given.teacher, given.targets).loss
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, given.hidden, create_graph=True)
+
+
 @pytest.mark.parametrize("kind", ["plain", "called"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def test_the_gradient_follows_what_is_done_to_the_loss(dtype: torch.dtype, kind: str) -> None:
