@@ -404,7 +404,18 @@ def _check_term(term: TermConfig, where: str, config: Config) -> Iterator[Proble
             yield Problem(f"{where}.{name}", f"given, and {term.kind} compares what comes out of the models", "Leave it out.")
 
 
+_MATCHING_OPTIONS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "num_relation_heads": ("a whole number of at least 1", lambda value: _is_whole(value) and not isinstance(value, str) and value >= 1),
+    "normalise": ("true or false", lambda value: isinstance(value, bool)),
+}
+"""Option of a function that matches -> what it may be."""
+
+
 def _check_matching(term: TermConfig, where: str, config: Config) -> Iterator[Problem]:
+    for name, value in term.options.items():
+        expected, is_good = _MATCHING_OPTIONS.get(name, ("", lambda _: True))
+        if not is_good(value):
+            yield Problem(f"{where}.options.{name}", f"got {shown(value)}, expected {expected}")
     if term.layers and term.layer_map:
         yield Problem(f"{where}.layer_map", f"given together with {where}.layers", "Name one.")
     for student, teacher in term.layer_map.items():

@@ -83,6 +83,15 @@ CONTRADICTIONS: list[tuple[str, dict[str, Any], str]] = [
         {"teacher": {"attn_implementation": "eager"}, "objective": {"terms": {"attention_kl": {}}}},
         "relation_kl",
     ),
+    *(
+        (f"objective.terms.{kind}.options.{name}", {"objective": {"terms": {kind: {"options": {name: value}}}}}, f"expected {expected}")
+        for kind, name, value, expected in (
+            ("relation_kl", "num_relation_heads", "abc", "a whole number of at least 1"),
+            ("relation_kl", "num_relation_heads", 2.5, "a whole number of at least 1"),
+            ("relation_kl", "num_relation_heads", 0, "a whole number of at least 1"),
+            ("hidden_mse", "normalise", "abc", "true or false"),
+        )
+    ),
     ("trainer.compile", {"trainer": COMPILED_AGAIN, "objective": {"terms": {"relation_kl": {}}}}, "objective.terms.relation_kl looks into"),
     (
         "objective.terms.jsd.weight",

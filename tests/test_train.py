@@ -395,9 +395,13 @@ def test_tracker_changes_nothing_in_the_run(tiny_command: list[str], tmp_path: P
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["objective=jsd", "objective.divergence_options.jsd_beta=2"], r"objective\.divergence_options: jsd refuses it .*jsd_beta: got 2"),
-        (["objective=jsd", "objective.divergence_options.jsd_beta=hello"], r"objective\.divergence_options: jsd refuses it"),
-        (["objective.terms.skew_reverse_kl.options.skew=1"], r"objective\.terms\.skew_reverse_kl\.options: .*skew: got 1"),
+        (["objective=jsd", "objective.divergence_options.jsd_beta=2"], r"objective\.divergence_options\.jsd_beta: got 2, expected"),
+        (["objective=jsd", "objective.divergence_options.jsd_beta=hello"], r"objective\.divergence_options\.jsd_beta: got hello, expected"),
+        (
+            ["objective=ranking_hinge", "objective.divergence_options.top_k=2.5"],
+            r"divergence_options\.top_k: got 2\.5, expected a whole number",
+        ),
+        (["objective.terms.skew_reverse_kl.options.skew=1"], r"objective\.terms\.skew_reverse_kl\.options\.skew: got 1"),
         (["objective.divergence=torch.nn.functional.mse_loss"], r"objective\.divergence: .*mse_loss"),
         (["objective.divergence=user_functions.parameter_sum"], r"objective\.divergence: .*parameter_sum refuses it"),
     ],

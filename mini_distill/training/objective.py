@@ -105,6 +105,9 @@ def load_divergence(name: str, options: Mapping[str, Any], where: str, where_opt
     try:
         value = function(student, teacher, 1.0, **options)
     except Exception as error:  # whatever it raises, it would raise in the first step
+        option, _, what = str(error).partition(": ")
+        if option in options:  # which is how those of this package begin
+            raise ConfigError(f"{where_options}.{option}", what) from error
         refused = where_options if options else where
         raise ConfigError(refused, f"{name} refuses it ({type(error).__name__}: {error})", "See its docstring.") from error
     if not isinstance(value, Tensor) or value.shape != (2,):
