@@ -20,6 +20,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -251,7 +252,10 @@ def read_lines(path: Path) -> list[Line]:
 
 
 def gradient_error(settings: Settings) -> list[Line]:
-    """bf16 tensors, forward KL: the relative error of the gradients of the hidden states and of the head's weight, against float64."""
+    """bf16 tensors, forward KL: the relative error of the gradients of the hidden states and of the head's weight, against float64.
+
+    All begin with the same numbers, which bf16 can hold, so that it is the loss's own rounding that is measured.
+    """
     import torch
     from torch.nn.functional import kl_div, log_softmax
 
@@ -287,6 +291,7 @@ def gradient_error(settings: Settings) -> list[Line]:
     exact = gradients(partial(plain, dtype=torch.float64), torch.float64)
     ways = {
         "mini_distill": gradients(fused, torch.bfloat16),
+        **_on_a_gpu(settings.device, partial(gradients, fused)),
         "plain, float32 log-softmax": gradients(partial(plain, dtype=torch.float32), torch.bfloat16),
         "plain, bf16 log-softmax": gradients(partial(plain, dtype=torch.bfloat16), torch.bfloat16),
         "exact, rounded to bf16": [gradient.bfloat16() for gradient in exact],
@@ -296,6 +301,20 @@ def gradient_error(settings: Settings) -> list[Line]:
     }
     shared = {"vocab": settings.vocab, "rows": rows, "device": settings.device}
     return [{"way": name, **shared, "hidden_error": hidden, "weight_error": weight} for name, (hidden, weight) in errors.items()]
+
+
+def _on_a_gpu(device: str, gradients_in: Callable[[Any], Any]) -> dict[str, Any]:
+    """Those of autocast on a GPU; where there is none, these and those of bf16 weights with a GPU's rounding emulated."""
+    import torch
+    from emulated_gpu import emulated_gpu
+
+    if device == "cuda":
+        with torch.autocast("cuda", torch.bfloat16):
+            return {"mini_distill, autocast over float32 weights": gradients_in(torch.float32)}
+    with emulated_gpu():
+        found = {"mini_distill, a GPU emulated, bf16 weights": gradients_in(torch.bfloat16)}
+    with emulated_gpu(autocast=torch.bfloat16):
+        return found | {"mini_distill, a GPU emulated, autocast over float32 weights": gradients_in(torch.float32)}
 
 
 def _linear(weight: Any) -> Any:
