@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,7 +22,7 @@ from .config import Config
 from .data.loader import TrainingBatches, evaluation_batches
 from .data.prepare import PreparedData, prepare_data
 from .data.tokenizers import check_same_tokenizer, tokenizer_fingerprint, vocabulary_size
-from .errors import DistributedError, MiniDistillError, ModelError, StorageError
+from .errors import ConfigError, DistributedError, MiniDistillError, ModelError, StorageError
 from .evaluation.evaluator import Evaluator
 from .imported_code import code_fingerprints
 from .losses.objective import Objective
@@ -41,7 +41,7 @@ from .teachers.server import ServerTeacher, open_server
 from .teachers.targets import Teacher
 from .training.checkpoint import Checkpoints, load_optimizer, load_weights, optimizer_to_tensors
 from .training.fingerprints import compare_fingerprints
-from .training.objective import add_matching, build_objective, divergences_in_use
+from .training.objective import add_matching, build_objective, divergences_in_use, warn_of_growing_gradients
 from .training.optimizer import build_optimizer
 from .training.progress import TrainingProgress
 from .training.run_folder import RunFolder
@@ -220,7 +220,7 @@ def open_run(config: Config) -> Iterator[tuple[RunFolder, StopRequest, Tracker]]
 def naming_the_process() -> Iterator[None]:
     """With several processes, whose output is mixed, an unexpected error ends in a line that names the one it happened on, and when.
 
-    Memory that is not there is expected, with one process too.
+    Memory that is not there is expected, with one process too, and so is a compiler that is not.
     """
     try:
         yield
@@ -229,6 +229,10 @@ def naming_the_process() -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise out_of_memory(error) from error
+        if _is_of_the_compiler(error):
+            paragraph, _, _ = str(error).partition("\n\n")  # advice on how to report a bug follows
+            what = f"true, and the student cannot be compiled here ({paragraph})"
+            raise ConfigError("trainer.compile", what, "Leave it out.") from error
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise
         steps = [note for note in getattr(error, "__notes__", []) if note.startswith("step ")]
@@ -239,10 +243,18 @@ def naming_the_process() -> Iterator[None]:
         raise DistributedError(where, f"{type(error).__name__}: {error}", "The traceback stands above.") from error
 
 
+def _is_of_the_compiler(error: Exception) -> bool:
+    """Where nothing was compiled, the seconds are spared that importing its errors takes."""
+    known = sys.modules.get("torch._dynamo.exc")
+    return known is not None and isinstance(error, known.TorchDynamoException)
+
+
 def prepare(config: Config, run: RunFolder, tracker: Tracker) -> Distillation:
     """Load, build and check everything, the cheap things first."""
     accelerator = start_processes(config.trainer.precision, config.trainer.num_threads)
     objective = build_objective(config.objective, config.trainer, on_gpu=accelerator.device.type == "cuda")
+    if accelerator.is_main_process:
+        warn_of_growing_gradients(config.objective)
     teacher_model = load_teacher(config.teacher, accelerator.device)
     tokenizer = load_shared_tokenizer(config)
     objective.vocab_size = vocabulary_size(tokenizer)
@@ -315,7 +327,7 @@ def start_processes(precision: str, num_threads: int | None) -> Accelerator:
     """The process group, device and precision.
 
     Raises:
-        DistributedError: more processes were launched than joined the group.
+        DistributedError: weights were to be sharded, or more processes were launched than joined the group.
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
@@ -323,10 +335,8 @@ def start_processes(precision: str, num_threads: int | None) -> Accelerator:
     if precision == "auto":
         precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
     AcceleratorState._reset_state()  # of another run in this process, as in a sweep: its precision is not ours
+    _refuse_sharding()
     accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=not on_gpu)
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        what = f"accelerate is set up for {accelerator.distributed_type.value}, and checkpoints of sharded weights are not written here"
-        raise DistributedError("torch.distributed", what, "Start with torchrun, which replicates the student (DDP).")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise DistributedError(
@@ -335,6 +345,18 @@ def start_processes(precision: str, num_threads: int | None) -> Accelerator:
             "Start with torchrun --nproc_per_node N -m mini_distill.train.",
         )
     return accelerator
+
+
+def _refuse_sharding() -> None:
+    """By what a launcher says of itself: on a CPU, and with a single process, accelerate passes over it and shards nothing.
+
+    Raises:
+        DistributedError: weights were to be sharded.
+    """
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1", "yes", "on"):
+            what = f"accelerate is set up for {name} (ACCELERATE_USE_{name}), and checkpoints of sharded weights are not written here"
+            raise DistributedError("torch.distributed", what, "Start with torchrun, which replicates the student (DDP).")
 
 
 def open_teacher(

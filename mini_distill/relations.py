@@ -448,7 +448,18 @@ def _check_term(term: TermConfig, where: str, config: Config) -> Iterator[Proble
             yield Problem(f"{where}.{name}", f"given, and {term.kind} compares what comes out of the models", "Leave it out.")
 
 
+_MATCHING_OPTIONS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "num_relation_heads": ("a whole number of at least 1", lambda value: _is_whole(value) and not isinstance(value, str) and value >= 1),
+    "normalise": ("true or false", lambda value: isinstance(value, bool)),
+}
+"""Option of a function that matches -> what it may be."""
+
+
 def _check_matching(term: TermConfig, where: str, config: Config) -> Iterator[Problem]:
+    for name, value in term.options.items():
+        expected, is_good = _MATCHING_OPTIONS.get(name, ("", lambda _: True))
+        if not is_good(value):
+            yield Problem(f"{where}.options.{name}", f"got {shown(value)}, expected {expected}")
     if term.layers and term.layer_map:
         yield Problem(f"{where}.layer_map", f"given together with {where}.layers", "Name one.")
     for student, teacher in term.layer_map.items():
@@ -456,6 +467,10 @@ def _check_matching(term: TermConfig, where: str, config: Config) -> Iterator[Pr
             yield Problem(
                 f"{where}.layer_map", f"got {shown({student: teacher})}, expected whole numbers", "Give {student block: teacher block}."
             )
+    trainer = config.trainer
+    if trainer.compile and trainer.gradient_checkpointing and term.weight > 0 and not str(term.kind).startswith("hidden"):
+        what = f"true with trainer.gradient_checkpointing=true, and {where} looks into the blocks, which are not seen in compiled recomputation"
+        yield Problem("trainer.compile", what, "Leave one of the two out; hidden_mse and hidden_cosine go with both.")
     if str(term.kind).startswith("attention"):
         for group, part in (("teacher", config.teacher), ("student", config.student)):
             if part.attn_implementation != "eager":

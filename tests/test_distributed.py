@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from mini_distill.data.batch import Batch
 from mini_distill.data.loader import TrainingBatches
 from mini_distill.digest import digest_run
+from mini_distill.errors import DistributedError
 
 TWO = ["trainer.micro_batch_size=2"]  # on each of two processes; the tiny command has 4 on one
 
@@ -164,3 +165,13 @@ def test_process_that_raises_ends_all_quickly_with_its_line(tiny_command: list[s
     assert len(ours) <= 2 and errors.count("Traceback (most recent call last)") <= 2, errors  # the bug's and torchrun's own
     assert time.monotonic() - started < 90
     assert status(tmp_path / "run")["state"] != "finished"
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_sharding_that_accelerate_passes_over_is_refused_by_name(
+    name: str, tiny_command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, or with one process, accelerate ignores it: the run ended well, with the whole student on every process."""
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(DistributedError, match=f"set up for {name} .*Start with torchrun"):
+        run(tiny_command, tmp_path / "run")

@@ -12,6 +12,7 @@ from mini_distill.errors import ConfigError
 
 SCRATCH = {"kind": "scratch", "hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 64}
 SERVER = {"kind": "server", "url": "http://127.0.0.1:1", "path": "some/model"}
+COMPILED_AGAIN = {"compile": True, "gradient_checkpointing": True}
 NO_TEACHER = {"teacher": {"kind": "none"}, "objective": {"kl_weight": 0}}
 
 CONTRADICTIONS: list[tuple[str, dict[str, Any], str]] = [
@@ -106,6 +107,16 @@ CONTRADICTIONS: list[tuple[str, dict[str, Any], str]] = [
         {"teacher": {"attn_implementation": "eager"}, "objective": {"terms": {"attention_kl": {}}}},
         "relation_kl",
     ),
+    *(
+        (f"objective.terms.{kind}.options.{name}", {"objective": {"terms": {kind: {"options": {name: value}}}}}, f"expected {expected}")
+        for kind, name, value, expected in (
+            ("relation_kl", "num_relation_heads", "abc", "a whole number of at least 1"),
+            ("relation_kl", "num_relation_heads", 2.5, "a whole number of at least 1"),
+            ("relation_kl", "num_relation_heads", 0, "a whole number of at least 1"),
+            ("hidden_mse", "normalise", "abc", "true or false"),
+        )
+    ),
+    ("trainer.compile", {"trainer": COMPILED_AGAIN, "objective": {"terms": {"relation_kl": {}}}}, "objective.terms.relation_kl looks into"),
     (
         "objective.terms.jsd.weight",
         {**NO_TEACHER, "student": {"kind": "hf", "path": "a/b"}, "objective": {"kl_weight": 0, "terms": {"jsd": {}}}},
@@ -159,6 +170,9 @@ GOOD: list[dict[str, Any]] = [
     {"evaluation": {"best_metric": "mine", "hooks": ["my_package.hook"]}},
     {"trainer": {"max_steps": 1}},
     {"trainer": {"export": "best", "eval_every": 10}},
+    {"trainer": COMPILED_AGAIN, "objective": {"terms": {"hidden_mse": {}}}},
+    {"trainer": {"compile": True}, "objective": {"terms": {"relation_kl": {}}}},
+    {"trainer": COMPILED_AGAIN, "objective": {"terms": {"relation_kl": {"weight": 0}}}},
     {"trainer": {"micro_batch_size": 1}, "student": {"attn_implementation": "flash_attention_2"}},
     {"resume_allow": ["trainer.max_steps", "data", "tokenizer", "global_batch_size"]},
     {"resume": "."},

@@ -14,6 +14,7 @@ import torch
 from runs import before_step, checkpoint_steps, rows, run, status, steps_of, train_module
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from mini_distill.cli import load_config
 from mini_distill.errors import ConfigError, ModelError, NumericsError, StorageError
@@ -59,6 +60,65 @@ def test_accumulated_gradient_is_that_of_the_whole_batch_though_rows_differ_in_l
     norms = [[row["train/grad_norm"] for row in rows(tmp_path / name) if row["step"]] for name in "ab"]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
     assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), abs=1e-5)
+
+
+def test_activations_that_are_computed_again_change_nothing(
+    tiny_command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, calls = LlamaMLP.forward, []
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, states: calls.append(self.training) or forward(self, states))
+    for name, again in (("a", "false"), ("b", "true")):
+        run(tiny_command, tmp_path / name, "trainer.max_steps=3", f"trainer.gradient_checkpointing={again}")
+    assert sum(calls) == 3 + 2 * 3  # the student has one block
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert_close(tmp_path / "a", tmp_path / "b", 0)
+
+
+COMPILED = {
+    "alone": ("data.eval_fraction=0",),
+    "recomputed": ("trainer.gradient_checkpointing=true", "objective.terms.hidden_mse.weight=0.5"),
+}
+
+
+@pytest.mark.parametrize("more", COMPILED.values(), ids=COMPILED)
+def test_a_compiled_student_trains_as_the_plain_one(
+    more: tuple[str, ...], tiny_command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced and differentiated as for every backend, and then run by torch itself, which takes no minute."""
+    traced, original = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **settings: traced.append(args) or original(*args, **settings, backend="aot_eager"))
+    for name, compiled in (("a", "false"), ("b", "true")):
+        run(tiny_command, tmp_path / name, "trainer.max_steps=3", *more, f"trainer.compile={compiled}")
+    assert len(traced) == 2  # the trunk, and the terms of the loss
+    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-5)
+    assert_close(tmp_path / "a", tmp_path / "b", 1e-4)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where no C compiler is installed."""
+
+    def fails(*_: Any) -> None:
+        raise OSError("No working C++ compiler found")
+
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **settings: original(*args, **settings, backend=fails))
+
+
+def test_without_a_compiler_the_terms_run_as_they_are_and_a_line_says_so(
+    no_compiler: None, tiny_command: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a GPU with Triton the terms are compiled unasked, and the run died where there was no C compiler."""
+    for name, compiled in (("a", "false"), ("b", "true")):
+        run(tiny_command, tmp_path / name, "trainer.max_steps=3", f"objective.compile={compiled}")
+    (line,) = [record.getMessage() for record in caplog.records if "compile" in record.getMessage()]
+    assert line.startswith("objective.compile: ") and "No working C++ compiler found" in line
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def test_without_a_compiler_a_student_that_shall_be_compiled_is_refused(no_compiler: None, tiny_command: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.compile: true, and the student cannot be compiled here \(.*No working C"):
+        run(tiny_command, tmp_path / "run", "trainer.compile=true", "data.eval_fraction=0")
 
 
 def test_tokens_and_learning_rate_are_those_of_the_step(tiny_command: list[str], tmp_path: Path) -> None:
@@ -335,9 +395,13 @@ def test_tracker_changes_nothing_in_the_run(tiny_command: list[str], tmp_path: P
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["objective=jsd", "objective.divergence_options.jsd_beta=2"], r"objective\.divergence_options: jsd refuses it .*jsd_beta: got 2"),
-        (["objective=jsd", "objective.divergence_options.jsd_beta=hello"], r"objective\.divergence_options: jsd refuses it"),
-        (["objective.terms.skew_reverse_kl.options.skew=1"], r"objective\.terms\.skew_reverse_kl\.options: .*skew: got 1"),
+        (["objective=jsd", "objective.divergence_options.jsd_beta=2"], r"objective\.divergence_options\.jsd_beta: got 2, expected"),
+        (["objective=jsd", "objective.divergence_options.jsd_beta=hello"], r"objective\.divergence_options\.jsd_beta: got hello, expected"),
+        (
+            ["objective=ranking_hinge", "objective.divergence_options.top_k=2.5"],
+            r"divergence_options\.top_k: got 2\.5, expected a whole number",
+        ),
+        (["objective.terms.skew_reverse_kl.options.skew=1"], r"objective\.terms\.skew_reverse_kl\.options\.skew: got 1"),
         (["objective.divergence=torch.nn.functional.mse_loss"], r"objective\.divergence: .*mse_loss"),
         (["objective.divergence=user_functions.parameter_sum"], r"objective\.divergence: .*parameter_sum refuses it"),
     ],

@@ -13,6 +13,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+FALL_AS_ONE_OVER_T = ("total_variation", "ranking_hinge", "teacher_argmax_ce", "teacher_sample_ce")
+"""Divergences whose gradient falls as 1/T at high temperatures, that of all others as 1/T²: with the factor T² theirs grows as T.
+
+(A divergence that is smooth has a slope of 0 at equality, to which temperature brings both distributions; these have a step there, or
+their least value elsewhere.)
+"""
+
 Parameters = dict[str, tuple[str, ...]]
 """Function name -> its options: the keyword-only arguments."""
 
