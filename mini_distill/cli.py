@@ -16,10 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from .config import CacheCommand, CacheConfig, CacheLookCommand, Config, EvaluateCommand, PlanCommand
 from .contract import as_it_stands, build_config, resolved, shown
-from .errors import CacheError, ConfigError, MiniDistillError, Preempted, Problem
+from .errors import CacheError, ConfigError, MiniDistillError, Problem
 from .out_of_memory import is_out_of_memory, out_of_memory
 from .overrides import fixed_keys, missing_preset, prepare_overrides, run_name
-from .redaction import print_traceback, redact_text
+from .redaction import print_traceback
 from .targets import cache_command, default_folder
 from .teachers.cache_identity import read_description
 from .written import read_object, read_settings
@@ -245,9 +245,8 @@ def _check_trusted(teacher: Mapping[str, Any], file: Path) -> None:
 def report(error: MiniDistillError) -> int:
     """Print one `error:` line a problem, last on stderr, and give the exit code."""
     sys.stdout.flush()
-    prefix = "" if isinstance(error, Preempted) else "error: "
-    for problem in error.problems:
-        print(redact_text(f"{prefix}{problem}"), file=sys.stderr)
+    for line in error.lines():
+        print(line, file=sys.stderr)
     return error.exit_code
 
 

@@ -133,7 +133,7 @@ class ObjectiveConfig:
 class TermConfig:
     """A further term of the objective: another divergence, or the matching of inner states of student and teacher."""
 
-    kind: str | None = option(None, "A divergence, or hidden_mse, hidden_cosine, relation_kl, attention_mse, attention_kl; null: the term's name")
+    kind: str | None = option(None, "A divergence, or hidden_mse, hidden_cosine, relation_kl, attention_mse, attention_kl, or an import path; null: the term's name", importable=True)
     weight: float = option(1.0, "Plain multiplier of the sum over supervised tokens", at_least=0)
     options: dict[str, Any] = option({}, "Further arguments of its function, such as skew, or normalise")
     temperature: float | None = option(None, "Of a divergence; null: objective.temperature", above=0)
@@ -197,7 +197,7 @@ class EvaluationConfig:
     num_samples: int = option(3, "Side-by-side samples; 0: none", at_least=0)
     sample_tokens: int = option(48, "Tokens generated for a sample", at_least=1)
     sampling_temperature: float = option(0.0, "0: greedy; above: sampled with the run's seed", at_least=0)
-    hooks: list[str] = option([], "Import paths of functions hook(context) -> {metric: number}, called at every evaluation")
+    hooks: list[str] = option([], "Import paths of functions hook(context) -> {metric: number}, called at every evaluation", importable=True)
 
 
 @dataclass
@@ -223,7 +223,7 @@ class FullEvaluationConfig:
     generation_batch_size: int = option(8, "Texts written at a time when timing, besides one alone", at_least=1)
     price_per_hour: float | None = option(None, "What this machine costs an hour, in any currency: gives the cost of a million tokens", above=0)
     watts: float | None = option(None, "What this machine draws while it works: gives an estimate of the energy of a million tokens", above=0)
-    hooks: list[str] = option([], "Import paths of functions hook(context) -> {metric: number}")
+    hooks: list[str] = option([], "Import paths of functions hook(context) -> {metric: number}", importable=True)
 
 
 @dataclass

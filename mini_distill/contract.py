@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Collection, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -20,6 +21,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from .config import Config, DataConfig, ObjectiveConfig, TermConfig
 from .errors import ConfigError, Problem
+from .losses.catalogue import divergence_parameters, matching_parameters
 
 UNKNOWN = "unknown setting"
 
@@ -36,6 +38,7 @@ def build_config(composed: Mapping[str, Any] | DictConfig, schema: type = Config
     tree = deepcopy(_typed_tree(schema))
     problems = list(_merge(tree, plain, schema, prefix="", known=known_keys(schema)))
     config: Any = resolved(tree)
+    _name_what_is_in_main(config)
     wrong = {problem.where for problem in problems}
     problems += [problem for problem in _check_ranges(config, prefix="") if problem.where not in wrong]
     if schema in RELATIONS and all(problem.what == UNKNOWN for problem in problems):  # relations need good values
@@ -64,6 +67,23 @@ def resolved(tree: DictConfig) -> Any:
         missing = isinstance(error, MissingMandatoryValue)
         remedy = "Give a value in place of '???'." if missing else "${…} takes the full path of another setting, or oc.env:NAME."
         raise ConfigError(error.full_key or "configuration", "missing" if missing else what, remedy) from error
+
+
+def import_path(name: str, known: Collection[str]) -> str:
+    """`__main__.mine` for `mine`, where that is none of ours and a notebook's cell has defined it, or imported it."""
+    return f"__main__.{name}" if name not in known and callable(getattr(sys.modules.get("__main__"), name, None)) else name
+
+
+def _name_what_is_in_main(config: Any) -> None:
+    """Every setting that takes an import path has one."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            _name_what_is_in_main(value)
+        elif f.metadata.get("importable"):
+            known = f.metadata.get("choices") or {**divergence_parameters(), **matching_parameters()}
+            many = [import_path(text, known) for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+            setattr(config, f.name, many if isinstance(value, list) else (many or [value])[0])
 
 
 def as_it_stands(value: Any) -> Any:
@@ -266,8 +286,9 @@ def objective_terms(objective: ObjectiveConfig) -> dict[str, TermConfig]:
         ConfigError: with every problem in any of them.
     """
     terms = named_groups(objective.terms, TermConfig, "objective.terms")
+    known = {**divergence_parameters(), **matching_parameters()}
     return {
-        name: dataclasses.replace(term, kind=term.kind or name, temperature=term.temperature or objective.temperature)
+        name: dataclasses.replace(term, kind=term.kind or import_path(name, known), temperature=term.temperature or objective.temperature)
         for name, term in terms.items()
     }
 

@@ -14,12 +14,11 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 import torch
 
-from .cli import load_config
 from .config import Config
 from .data.batch import Batch
 from .data.prepare import PreparedData, prepare_data
@@ -41,6 +40,7 @@ from .errors import ConfigError, ModelError
 from .evaluation.samples import printable
 from .models.head import LanguageModel
 from .models.packed_documents import check_documents_kept_apart
+from .run import called, checked
 from .students.build import build_student
 from .teachers.load import load_teacher
 from .teachers.online import OnlineTeacher
@@ -154,10 +154,10 @@ def _batch(data: PreparedData, seq_len: int) -> Batch:
 class CallableDoctor(ModuleType):
     """`mini_distill.doctor([...])`, with overrides as on the command line."""
 
-    def __call__(self, overrides: list[str] | Config = ()) -> list[Finding]:  # type: ignore[assignment]
+    def __call__(self, config: Config | Sequence[str] = ()) -> list[Finding]:
         """The findings; nothing is raised for what they find."""
-        config = overrides if isinstance(overrides, Config) else load_config(overrides)
-        return list(examine(config))
+        found: list[Finding] = called(lambda settings: list(examine(settings)), checked(config, "train", Config))
+        return found
 
 
 sys.modules[__name__].__class__ = CallableDoctor

@@ -27,7 +27,7 @@ def report(paths: Sequence[Path | str] | Path | str, output: Path | str | None =
     Args:
         paths: Folders of runs or evaluations, or a sweep's folder, which holds runs; one alone need not be a list.
         output: The file; None: `report.html` in the folder, or where there are several in the current one.
-        metric: Of summary.json, by which the runs of a sweep are ranked; None: `eval/student_nll`.
+        metric: Of summary.json, by which the runs of a sweep are ranked; None: their `evaluation.best_metric`.
 
     Returns:
         The file.
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folders", nargs="+", metavar="folder", help="of a run, of an evaluation, or of a sweep")
     parser.add_argument("--output", type=Path, help="the file (default: report.html in the folder; of several, in the current folder)")
-    parser.add_argument("--metric", help="a key of summary.json that ranks the runs of a sweep (default: eval/student_nll)")
+    parser.add_argument("--metric", help="a key of summary.json that ranks the runs of a sweep (default: their evaluation.best_metric)")
     given = parser.parse_args(arguments)
     try:
         file = report(given.folders, given.output, given.metric)

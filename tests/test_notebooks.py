@@ -28,6 +28,7 @@ def test_the_notebook_is_its_script_without_outputs(script: Path) -> None:
     assert text == as_ipynb(script), "run: python scripts/make_notebooks.py sync"
     cells = json.loads(text)["cells"]
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
+    assert all("".join(cell["source"]).strip() for cell in cells)  # no empty one
     assert {path.stem for path in FOLDER.glob("*.ipynb")} == {path.stem for path in scripts()}
 
 

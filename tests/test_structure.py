@@ -18,7 +18,7 @@ FOUNDATION = {"errors", "storage", "folder_lock", "imported_code", "onlooker", "
 MAY_IMPORT = {
     "losses": set(),
     "config": set(),
-    "contract": {"config", "relations"},
+    "contract": {"config", "relations", "losses.catalogue"},
     "targets": {"config"},
     "relations": {"config", "contract", "targets", "losses.catalogue"},  # the names of the divergences, read without importing them
     "data": {"losses", "config", "contract"},

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..config import DataConfig
 from ..contract import mixture_parts
 from ..errors import DataError
 from ..imported_code import code_fingerprint
-from ..onlooker import is_watched
+from ..onlooker import bar
 from ..storage import atomic_folder, remove_stale_temporaries, storage_errors, user_cache, verify_folder
 from .held_out import HELD_OUT, OVERLAP, TRAIN, SidedRow, split_rows
 from .mixing import Mixture
@@ -230,8 +229,8 @@ def _rows(job: _Job, show_progress: bool) -> Iterator[SidedRow]:
     """
     tools, has_tools = job.config.tools_column, False
     rows = split_rows(job.config, job.source, job.held_out, job.where)
-    total = getattr(job.source, "total", None)
-    for side, row in tqdm(rows, desc="tokenising", unit=" rows", total=total, disable=not (show_progress and is_watched())):
+    total = min((count for count in (getattr(job.source, "total", None), job.config.max_rows) if count is not None), default=None)
+    for side, row in bar(rows, desc="tokenising", unit=" rows", total=total, show=show_progress):
         has_tools = has_tools or (isinstance(row, Row) and tools in row.columns)
         yield side, row
     if tools and not has_tools:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..config import EvaluationConfig
@@ -19,7 +18,7 @@ from ..data.batch import Batch
 from ..errors import DataError, NumericsError
 from ..losses.linear import TeacherRows
 from ..models.head import LanguageModel
-from ..onlooker import is_watched
+from ..onlooker import bar
 from ..out_of_memory import memory_errors
 from ..teachers.cached import CachedTeacher
 from ..teachers.server import ServerTeacher
@@ -135,14 +134,7 @@ class Evaluator:
         return nothing(self.teacher is not None or self.cached is not None, self.device)
 
     def _progress(self, batches: Iterable[Batch]) -> Iterable[Batch]:
-        return tqdm(
-            batches,
-            desc="evaluating",
-            unit="batch",
-            total=self.config.max_batches,
-            leave=False,
-            disable=not (self.show_progress and is_watched()),
-        )
+        return bar(batches, desc="evaluating", unit="batch", total=self.config.max_batches, leave=False, show=self.show_progress)
 
     def _context(self, student: PreTrainedModel, step: int) -> EvaluationContext:
         return EvaluationContext(student, self.teacher, self.tokenizer, step, self.batches, self.device, self.output_dir, self.gather_sum)

@@ -40,7 +40,11 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
 
     Returns:
         `(…)` float32, nats per token.
+
+    Raises:
+        ValueError, TypeError: the two are not tensors of one shape.
     """
+    _check_logits(student_logits, teacher_logits)
     student, teacher = at_least_float32(student_logits), at_least_float32(teacher_logits.detach())
     return _ForwardKL.apply(_softened(student, temperature), _softened(teacher, temperature))
 
@@ -288,6 +292,7 @@ def teacher_sample_ce(student_logits: Tensor, teacher_logits: Tensor, temperatur
 
 def _log_probabilities(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """(log q, log p) in float32, the teacher's cut off from the graph; finite, so that 0 · log 0 is 0 and has a gradient of 0."""
+    _check_logits(student_logits, teacher_logits)
     log_q = log_softmax(_softened(at_least_float32(student_logits), temperature), dim=-1)
     log_p = log_softmax(_softened(at_least_float32(teacher_logits.detach()), temperature), dim=-1)
     return log_q.clamp(min=LOWEST), log_p.clamp_(min=LOWEST)
@@ -350,6 +355,15 @@ def _top_pairs(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
     own = log_q.gather(-1, ids)
     i, j = torch.triu_indices(top.shape[-1], top.shape[-1], offset=1, device=top.device)
     return own[..., i] - own[..., j], top[..., i] - top[..., j]
+
+
+def _check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
+    for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"{name}: got {type(logits).__name__}, expected a tensor of shape (…, vocab)")
+    if student_logits.shape != teacher_logits.shape:
+        student, teacher = list(student_logits.shape), list(teacher_logits.shape)
+        raise ValueError(f"student_logits {student} and teacher_logits {teacher}: expected one shape (…, vocab), over the same tokens")
 
 
 def _check(option: str, value: float, good: Callable[[float], bool], expected: str) -> None:

@@ -20,7 +20,7 @@ from .figures import percent_whole, signed_free, text_of
 from .measured import Measured, finite, is_measured, open_measured
 from .settings import command_of, differing, preset_of, shown
 
-BY_DEFAULT = "eval/student_nll"
+BY_DEFAULT, PERPLEXITY = "eval/student_nll", "eval/student_perplexity"
 HIGHER_IS_BETTER = re.compile(r"agreement|correlation|gap_closed|kl_reduction|tokens_per_second|distinct|^task/")
 MOST_FACTORS = 12
 MOST_VALUES = 8  # that are places on an axis; more are an axis of numbers
@@ -118,12 +118,11 @@ def open_sweep(path: Path, metric: str | None = None) -> Sweep:
 
     Args:
         path: The folder.
-        metric: Of summary.json, by which the runs are ranked; None: the held-out loss.
+        metric: Of summary.json, by which the runs are ranked; None: that by which they chose their own best.
 
     Raises:
         ConfigError: no run has the metric.
     """
-    key = metric or BY_DEFAULT
     runs, missing = [], list(_never_began(path))
     for folder in runs_below(path):
         name = str(folder.relative_to(path))
@@ -135,15 +134,28 @@ def open_sweep(path: Path, metric: str | None = None) -> Sweep:
         if _is_control_of_a_job(folder, run):
             continue
         runs.append(run)
-        if run.value(key) is None:
-            missing.append(Missing(name, run.state, _why(run, key)))
+    key, highest = _chosen_by(runs, metric)
+    missing += [Missing(str(run.path.relative_to(path)), run.state, _why(run, key)) for run in runs if run.value(key) is None]
     ranked = [run for run in runs if run.value(key) is not None]
     if not ranked:
         raise ConfigError(str(path), f"no run has '{key}' yet", _remedy(key, runs, missing))
-    highest = bool(HIGHER_IS_BETTER.search(key))
     groups = sorted(grouped(ranked), key=lambda group: (group.mean(key) or 0.0) * (-1 if highest else 1))
     groups = [replace(group, number=i) for i, group in enumerate(groups, start=1)]
     return Sweep(path, key, highest, groups, missing, factors(groups))
+
+
+def _chosen_by(runs: Sequence[Measured], metric: str | None) -> tuple[str, bool]:
+    """The metric, and whether more of it is better: `evaluation.best_metric` and `best_is`, where all runs agree.
+
+    For a perplexity its logarithm, the held-out loss, which puts runs in the same order and has better means over seeds.
+    """
+    choices = {(own["best_metric"], own["best_is"]) for run in runs if (own := run.config.get("evaluation", {})).get("best_metric")}
+    best_metric, best_is = choices.pop() if len(choices) == 1 else (PERPLEXITY, "lowest")
+    if metric is None and (best_metric, best_is) == (PERPLEXITY, "lowest"):
+        return BY_DEFAULT, False
+    if metric is None or metric == best_metric:
+        return best_metric, best_is == "highest"
+    return metric, bool(HIGHER_IS_BETTER.search(metric))
 
 
 def _is_control_of_a_job(folder: Path, run: Measured) -> bool:
@@ -219,7 +231,7 @@ def _order(value: Any) -> tuple[bool, float, str]:
 
 def is_full_grid(sweep: Sweep) -> bool:
     """Whether each value of each factor was tried with all values of the others, so that means compare like with like."""
-    return len(sweep.groups) == math.prod(len(set(factor.values)) for factor in sweep.factors)
+    return not sweep.missing and len(sweep.groups) == math.prod(len(set(factor.values)) for factor in sweep.factors)
 
 
 def effects(sweep: Sweep) -> list[Drawing]:

@@ -23,7 +23,7 @@ from ..data.order import Stream
 from ..errors import NumericsError, StorageError
 from ..losses.reduction import loss_mask, supervised_targets
 from ..losses.sparse import SparseRows, TopKRows
-from ..onlooker import is_watched
+from ..onlooker import bar
 from ..out_of_memory import memory_errors
 from ..storage import atomic_folder, check_writable, remove_stale_temporaries, size_text, verify_folder
 from .cache_files import CHECKSUMS, MARK, SEQUENCE_STARTS, Columns, Side, join, write_columns
@@ -170,7 +170,7 @@ class CacheBuilder:
         total = sum(len(side.sequences_of(number)) for side, number, _ in mine)
         with (
             ThreadPoolExecutor(1) as writer,
-            tqdm(total=total, desc="scoring", unit=" sequences", disable=not (show_progress and is_watched())) as progress,
+            bar(total=total, desc="scoring", unit=" sequences", show=show_progress) as progress,
         ):
             written: Future[None] | None = None
             for side, number, _ in mine:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -391,12 +392,23 @@ def test_every_divergence_has_a_preset_and_a_row_in_the_documentation() -> None:
     documented = (root / "docs" / "divergences.md").read_text(encoding="utf-8")
     for name in divergence_parameters():
         assert (root / "configs" / "objective" / f"{name}.yaml").exists() and f"| `{name}` |" in documented, name
+        row = next(line for line in documented.splitlines() if line.startswith(f"| `{name}` |"))
+        papers = re.findall(r"arXiv\s+(\d+\.\d+)", getattr(divergences, name).__doc__ or "")
+        assert all(f"](https://arxiv.org/abs/{paper})" in row for paper in papers) and "](https://" in row, row
 
 
 @pytest.mark.parametrize("beta", [-0.1, 1.1, math.nan])
 def test_a_mixture_outside_zero_to_one_is_refused(beta: float) -> None:
     with pytest.raises(ValueError, match="jsd_beta"):
         divergences.jsd(logits(2, 3), logits(2, 3, seed=1), jsd_beta=beta)
+
+
+def test_logits_of_different_vocabularies_are_refused_with_their_shapes(divergence: Callable[..., Tensor]) -> None:
+    """Some broadcast, some ended in torch's own words about dimension 1."""
+    with pytest.raises(ValueError, match=r"student_logits \[2, 5\] and teacher_logits \[2, 6\]: expected one shape"):
+        divergence(logits(2, 5), logits(2, 6))
+    with pytest.raises(TypeError, match="teacher_logits: got list, expected a tensor"):
+        divergence(logits(2, 5), [[1.0]])
 
 
 def test_with_temperature_squared_the_gradient_keeps_its_size(case: tuple[str, dict[str, Any]], divergence: Callable[..., Tensor]) -> None:

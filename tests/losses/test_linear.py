@@ -283,7 +283,7 @@ def test_rows_that_pad_a_vocabulary_change_nothing(bad: float, padding: tuple[in
 
 def test_vocabularies_of_unexplained_widths_are_not_cut_to_fit() -> None:
     given = case(teacher_vocab=VOCAB + 2)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="expected one shape"):
         fused(given, objective_of())
 
 

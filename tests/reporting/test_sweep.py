@@ -39,6 +39,23 @@ def test_runs_are_ranked_by_held_out_loss_or_another_metric(sweep: Path) -> None
     assert [group.number for group in other.groups] == [1, 2, 3, 4]
 
 
+def test_the_runs_own_choice_of_the_best_ranks_them_as_it_guides_a_search(tmp_path: Path) -> None:
+    """The page ranked by the held-out loss whatever the runs were told, and named another best than Optuna had found."""
+    for name, temperature, nll in (("a", 1, 3.0), ("b", 2, 3.1)):
+        figures = summary(nll, 8) | {"eval/top1_agreement": nll / 10, "eval/layers": nll}
+        for sweep, best in (("agree", "eval/top1_agreement"), ("hook", "eval/layers")):
+            choice = f"evaluation.best_metric={best}", "evaluation.best_is=highest", f"objective.temperature={temperature}"
+            write_run(tmp_path / sweep / name, *choice, summary=figures)
+        write_run(tmp_path / "disagree" / name, f"evaluation.best_is={'highest' if name == 'a' else 'lowest'}", summary=figures)
+    found = {name: open_sweep(tmp_path / name) for name in ("agree", "hook", "disagree")}
+    assert {name: (sweep.metric, sweep.highest, sweep.best.name) for name, sweep in found.items()} == {
+        "agree": ("eval/top1_agreement", True, "b"),
+        "hook": ("eval/layers", True, "b"),
+        "disagree": ("eval/student_nll", False, "a"),
+    }
+    assert open_sweep(tmp_path / "hook", "eval/layers").highest and not open_sweep(tmp_path / "hook", "eval/forward_kl").highest
+
+
 def test_the_effect_of_a_setting_is_the_mean_over_the_others(sweep: Path) -> None:
     found = open_sweep(sweep)
     temperature, weight = sorted(effects(found), key=lambda drawing: drawing.chart.title, reverse=True)
@@ -52,6 +69,12 @@ def test_a_grid_with_a_hole_is_said_to_have_one(sweep: Path) -> None:
     write_run(sweep / "T4" / "w0.9", "objective.temperature=4", "objective.kl_weight=0.9")
     assert not is_full_grid(open_sweep(sweep))
     assert "Not every combination is there" in report([sweep]).read_text(encoding="utf-8")
+
+
+def test_a_job_that_failed_is_a_hole_though_nothing_else_is_missing(sweep: Path) -> None:
+    """With both jobs of a third temperature missing, the page said that every combination is there."""
+    write_run(sweep / "T4" / "w0.9", "objective.temperature=4", "objective.kl_weight=0.9", summary=None, status=status(0, "failed"))
+    assert not is_full_grid(open_sweep(sweep))
 
 
 def test_presets_stand_for_the_settings_they_bring(tmp_path: Path) -> None:
