@@ -17,8 +17,9 @@ SAME_PRESS = 0.3  # seconds; a terminal and torchrun both pass on one Ctrl-C
 class StopRequest:
     """`with StopRequest() as stop: …` turns SIGTERM and Ctrl-C into `stop.requested`, to be looked at between steps.
 
-    A second Ctrl-C stops at once with KeyboardInterrupt. The handlers that were there are put back on leaving. Outside the main
-    thread, where Python allows no handlers, nothing is installed and nothing is ever requested.
+    A second Ctrl-C stops at once with KeyboardInterrupt. The handlers that were there are put back on leaving. Where one stands within
+    another, what was requested before or meanwhile is requested of both. Outside the main thread, where Python allows no handlers,
+    nothing is installed and nothing is ever requested.
     """
 
     def __init__(self) -> None:
@@ -26,6 +27,7 @@ class StopRequest:
         self._since = 0.0
         self._process = os.getpid()
         self._old: dict[signal.Signals, Any] = {}
+        self._around: StopRequest | None = None
 
     @property
     def requested(self) -> bool:
@@ -50,6 +52,9 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             self._old = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+            around = getattr(self._old[signal.SIGTERM], "__self__", None)
+            if isinstance(around, StopRequest):
+                self._around, self._signal, self._since = around, around._signal, around._since
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -62,10 +67,15 @@ class StopRequest:
             return
         now = time.monotonic()
         if self._signal is None:
-            self._signal, self._since = signal.Signals(number), now
+            self._note(signal.Signals(number), now)
             self._tell()
         elif number == signal.SIGINT and now - self._since > SAME_PRESS:
             raise KeyboardInterrupt
+
+    def _note(self, number: signal.Signals, now: float) -> None:
+        self._signal, self._since = number, now
+        if self._around is not None:
+            self._around._note(number, now)
 
     def _handle_in_worker(self, number: int) -> None:
         """A forked data worker: Ctrl-C is the main process's affair, SIGTERM ends it."""

@@ -68,6 +68,19 @@ def test_one_press_that_arrives_twice_and_repeated_sigterms_do_not_cut_the_save_
     assert process.returncode == 130
 
 
+@pytest.mark.parametrize("when", ["before", "within"])
+def test_one_within_another_hears_what_the_other_does(when: str) -> None:
+    """A run that writes its targets first lost a SIGTERM that came to the one or to the other: it waited, or trained, for ever."""
+    with StopRequest() as outer:
+        if when == "before":
+            os.kill(os.getpid(), signal.SIGTERM)
+        with StopRequest() as inner:
+            if when == "within":
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert inner.requested and inner.exit_code == 143
+        assert outer.requested and outer.signal_name == "SIGTERM"
+
+
 def test_the_old_handlers_are_put_back() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with StopRequest() as stop:
