@@ -87,6 +87,28 @@ class ChatRenderer:
             self._join(row, item, next(encoded)) if isinstance(item, _Written) else item for row, item in zip(rows, written, strict=True)
         ]
 
+    def written(self, row: Row, *, without_last: bool = False, prompt: bool = False) -> str:
+        """A conversation as the template writes it, for who wants to look at that.
+
+        Args:
+            row: The conversation.
+            without_last: Leave its last message out.
+            prompt: Add the generation prompt.
+
+        Raises:
+            RowError: there is no conversation in it, or the template cannot render it.
+        """
+        messages, tools = self.conversation(row), _tools(row, self.config.tools_column)
+        return self._render(row, messages[:-1] if without_last else messages, tools, add_generation_prompt=prompt).text
+
+    def conversation(self, row: Row) -> list[dict[str, Any]]:
+        """The messages of a row with `role` and `content`.
+
+        Raises:
+            RowError: there are none.
+        """
+        return _messages(row, self.config.messages_column or "")
+
     # ------------------------------------------------------------------------------------------------- where the assistant speaks
 
     def _write(self, row: Row) -> _Written | RowError:

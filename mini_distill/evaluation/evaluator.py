@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..config import EvaluationConfig
+from ..config import EvaluationConfig, FullEvaluationConfig
 from ..data.batch import Batch
 from ..errors import DataError, NumericsError
 from ..losses.linear import TeacherRows
@@ -86,7 +86,7 @@ class Evaluator:
             NumericsError: the logits of one of the models are not finite.
             OutOfMemory: memory ran out.
         """
-        remedies = ["lower evaluation.batch_size, which changes no result", "set teacher.dtype=bfloat16"]
+        remedies = [smaller_batches(self.config), "set teacher.dtype=bfloat16"]
         size = f"with {self.config.batch_size} sequences"
         with without_side_effects(student, self.teacher), memory_errors("evaluation.batch_size", size, remedies):
             sums = over_all_processes(self._sums(student), self.gather_sum)
@@ -138,6 +138,13 @@ class Evaluator:
 
     def _context(self, student: PreTrainedModel, step: int) -> EvaluationContext:
         return EvaluationContext(student, self.teacher, self.tokenizer, step, self.batches, self.device, self.output_dir, self.gather_sum)
+
+
+def smaller_batches(config: EvaluationConfig | FullEvaluationConfig) -> str:
+    """What to do where a batch does not fit."""
+    if config.max_batches is None:
+        return "lower evaluation.batch_size, which changes no result"
+    return f"halve evaluation.batch_size and double evaluation.max_batches (now {config.max_batches}), which changes no result"
 
 
 def _check_finite(measured: Mapping[str, float], step: int) -> None:
