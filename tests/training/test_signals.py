@@ -43,7 +43,7 @@ def test_a_signal_lets_the_step_finish_and_the_run_save(number: signal.Signals, 
         process.send_signal(number)
         out, err = process.communicate(timeout=10)
     assert (process.returncode, out) == (code, f"saved {number.name}\n")
-    assert len(err.strip().splitlines()) == 1 and f"{number.name}: finishing the step, then saving" in err
+    assert len(err.strip().splitlines()) == 1 and f"{number.name}: finishing what is under way, then saving" in err
 
 
 def test_a_second_ctrl_c_stops_at_once() -> None:
