@@ -112,6 +112,22 @@ class FolderLock:
         self._descriptor = -1
 
 
+def is_abandoned(folder: Path | str) -> bool:
+    """Whether the process that locked the folder is gone and left its lock, as one that was killed does; known on its own host alone.
+
+    Takes no lock itself: who only looks at a folder is never in the way of a run that begins there.
+    """
+    try:
+        descriptor = os.open(Path(folder) / LOCK, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        owner = _read_owner(descriptor)
+    finally:
+        os.close(descriptor)
+    return owner is not None and owner["host"] == this_host() and not is_alive(owner["pid"], owner.get("process_start", ""))
+
+
 _held: set[int] = set()
 
 

@@ -14,7 +14,7 @@ import pytest
 from faults.injection import in_child, killed_before_operation
 
 from mini_distill.errors import StorageError
-from mini_distill.folder_lock import LOCK, FolderLock
+from mini_distill.folder_lock import LOCK, FolderLock, is_abandoned
 from mini_distill.processes import this_host
 
 
@@ -47,7 +47,7 @@ def test_one_process_cannot_take_a_folder_twice(tmp_path: Path) -> None:
     with FolderLock(tmp_path):
         with pytest.raises(StorageError, match=f"in use by process {os.getpid()}"):
             take(tmp_path)
-        assert (tmp_path / LOCK).exists()
+        assert (tmp_path / LOCK).exists() and not is_abandoned(tmp_path)
 
 
 def test_the_lock_of_a_killed_process_is_taken_over_with_a_note(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -56,8 +56,9 @@ def test_the_lock_of_a_killed_process_is_taken_over_with_a_note(tmp_path: Path, 
         os.kill(os.getpid(), signal.SIGKILL)
 
     assert in_child(die_holding) == -signal.SIGKILL
-    assert (tmp_path / LOCK).exists()
+    assert (tmp_path / LOCK).exists() and is_abandoned(tmp_path)
     take(tmp_path)
+    assert not is_abandoned(tmp_path)
     assert "taken over from process" in caplog.text
 
 
