@@ -17,7 +17,7 @@ from typing import Any
 
 from .errors import StorageError
 from .processes import is_alive, process_start_of, this_host
-from .storage import storage_errors
+from .storage import open_regular, storage_errors
 
 LOCK = ".lock"
 
@@ -82,7 +82,7 @@ class FolderLock:
 
     def _open_and_lock(self) -> int:
         while True:
-            descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            descriptor = open_regular(self.file, os.O_RDWR | os.O_CREAT)
             _held.add(descriptor)
             if not _lock(descriptor):
                 owner = _read_owner(descriptor) or {"pid": "?", "host": "?", "started": "?"}

@@ -21,7 +21,7 @@ from .evaluation.speed import forward_tokens_per_second, num_parameters
 from .evaluation.table import build_summary, format_table
 from .models.head import embedding_rows
 from .models.loading import quiet
-from .storage import atomic_folder, verify_folder
+from .storage import atomic_folder, read_regular, verify_folder
 from .teachers.cached import CachedTeacher
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def write_result(d: Distillation, control: dict[str, Any] | None = None) -> dict
 def _read_summary(run: Path) -> dict[str, Any] | None:
     """What `write_result` wrote last; None where it did not come so far, or the file is damaged."""
     try:
-        summary = json.loads((run / "summary.json").read_bytes())
+        summary = json.loads(read_regular(run / "summary.json"))
     except (OSError, ValueError):
         return None
     return summary if isinstance(summary, dict) else None

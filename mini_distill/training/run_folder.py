@@ -21,7 +21,15 @@ import yaml
 from ..errors import MiniDistillError, Preempted, StorageError
 from ..folder_lock import LOCK, FolderLock
 from ..redaction import redact, redact_text
-from ..storage import atomic_write_text, check_writable, free_name, remove_stale_temporaries, storage_errors
+from ..storage import (
+    atomic_write_text,
+    check_writable,
+    free_name,
+    open_regular,
+    read_regular,
+    remove_stale_temporaries,
+    storage_errors,
+)
 
 JOB_LOG = "job.log"
 """What a job of a sweep printed; it is there before the run is."""
@@ -153,11 +161,9 @@ class RunFolder:
             return
         now = datetime.now(UTC).isoformat(timespec="seconds")
         text = f"{now}, step {self._step}\n" + redact_text("".join(traceback.format_exception(error)))
-        with (
-            storage_errors(self.path / "error.log", "write"),
-            open(self.path / "error.log", "a", encoding="utf-8", errors="backslashreplace") as log,
-        ):
-            log.write(text + "\n")
+        file = self.path / "error.log"
+        with storage_errors(file, "write"), open(open_regular(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as log:
+            log.write((text + "\n").encode(errors="backslashreplace"))
 
     # ------------------------------------------------------------------------------------------------------------- metrics
 
@@ -189,7 +195,7 @@ class RunFolder:
         """
         file = self.path / "metrics.jsonl"
         with storage_errors(file, "read"):
-            lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+            lines = read_regular(file).split(b"\n")[:-1] if file.exists() else []
         return [_parse_row(file, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
 
     def seal_metrics(self) -> dict[str, Any]:
@@ -231,8 +237,8 @@ class RunFolder:
     def _open_metrics(self) -> None:
         file = self.path / "metrics.jsonl"
         with storage_errors(file, "write"):
-            self._metrics_file = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-            whole = file.read_bytes().rpartition(b"\n")
+            self._metrics_file = open_regular(file, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+            whole = read_regular(file).rpartition(b"\n")
             os.ftruncate(self._metrics_file, len(whole[0] + whole[1]))  # a row torn by a kill
         self._logged, self._written = set(), MetricsRecord()
         for row in self.metrics():
@@ -299,7 +305,7 @@ def _is_run(path: Path) -> bool:
 
 def _read_status(path: Path) -> dict[str, Any]:
     try:
-        status = json.loads((path / "status.json").read_bytes())
+        status = json.loads(read_regular(path / "status.json"))
     except (OSError, ValueError):
         return {}
     return status if isinstance(status, dict) and isinstance(status.get("step"), int) else {}
