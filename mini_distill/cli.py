@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from omegaconf import DictConfig, OmegaConf
 
 from .cache_to_look_at import with_settings_of_cache
-from .config import CacheCommand, CacheLookCommand, Config, EvaluateCommand, PlanCommand
+from .config import CacheCommand, CacheLookCommand, Config, EvaluateCommand, GenerateCommand, PlanCommand
 from .contract import build_config, resolved
 from .errors import ConfigError, MiniDistillError
 from .out_of_memory import is_out_of_memory, out_of_memory
@@ -29,14 +29,22 @@ if TYPE_CHECKING:
     from hydra.errors import MissingConfigException
     from yaml import MarkedYAMLError
 
-CONTRACTS = {"contract": Config, "cache_contract": CacheCommand, "evaluate_contract": EvaluateCommand, "plan_contract": PlanCommand}
+CONTRACTS = {
+    "contract": Config,
+    "cache_contract": CacheCommand,
+    "evaluate_contract": EvaluateCommand,
+    "generate_contract": GenerateCommand,
+    "plan_contract": PlanCommand,
+}
 """The settings of each verb by the name under which its YAML file takes their defaults."""
 
 TRAIN = "mini_distill.train:train"
 """The verb whose sweeps have a process for each job; those of others run one after the other in this one."""
 SWEEP_DIR = "hydra.sweep.dir="
-RESULTS = {Config: "runs", EvaluateCommand: "evaluations"}
+RESULTS = {Config: "runs", EvaluateCommand: "evaluations", GenerateCommand: "generated"}
 """Where what comes out of a verb goes when `output_dir` is not given."""
+RESULTS_OF_RUN = {EvaluateCommand: "evaluation", GenerateCommand: "generated"}
+"""The same, within the folder of the run that the verb is about."""
 
 
 def config_dir() -> Path:
@@ -163,8 +171,8 @@ def load_config(overrides: Sequence[str] = (), config_name: str = "train", schem
 def _checked(composed: DictConfig, overrides: Callable[[], Sequence[str]], schema: type) -> Any:
     """The configuration, complete, with folders for what comes out."""
     resolved(composed)  # a ${…} that leads nowhere is named before anything follows it
-    if schema is EvaluateCommand:
-        composed = with_settings_of_run(composed, overrides())
+    if schema in RESULTS_OF_RUN:
+        composed = with_settings_of_run(composed, overrides(), RESULTS_OF_RUN[schema])
     if schema is CacheLookCommand:
         composed = with_settings_of_cache(composed, overrides())
     config = build_config(composed, schema)

@@ -251,6 +251,20 @@ class ChoicesConfig:
 
 
 @dataclass
+class GenerateConfig:
+    """How a model goes on from the prompts of the data (`python -m mini_distill.generate`)."""
+
+    max_new_tokens: int = option(256, "Tokens of a completion at most", at_least=1)
+    prompt_tokens: int = option(32, "Of plain text, this many first tokens are the prompt; 0: the beginning-of-sequence token alone", at_least=0)
+    num_beams: int = option(1, "Of beam search, which looks for the likeliest completion; 1: the likeliest token each time (greedy)", at_least=1)
+    sampling_temperature: float = option(0.0, "0: greedy, or beams; above: sampled with the seed", at_least=0)
+    top_p: float = option(1.0, "Sampled: from the likeliest tokens that together have this probability; 1: from all", above=0, at_most=1)
+    num_samples: int = option(1, "Sampled: completions of each prompt", at_least=1)
+    on_unfinished: str = option("auto", "Completion cut off at max_new_tokens: keep or drop it; auto: keep of texts, drop of what has a prompt, since half an answer teaches to stop in its middle", choices=("auto", "keep", "drop"))
+    batch_size: int = option(16, "Completions written at a time, of like length; changes them by rounding only", at_least=1)
+
+
+@dataclass
 class TrackingConfig:
     """Where the metrics go besides metrics.jsonl."""
 
@@ -324,6 +338,21 @@ class EvaluateCommand:
     evaluation: FullEvaluationConfig = field(default_factory=FullEvaluationConfig)
     seed: int = option(0, "Decides what is sampled", at_least=0, below=2**32)
     output_dir: str | None = option(None, "Folder of the figures; null: <the run's folder>/evaluation for a run with its own data and teacher, else evaluations/<the overrides>")
+    precision: str = option("auto", "bf16: autocast; fp32; auto: bf16 on an accelerator that has it", choices=("auto", "fp32", "bf16"))
+    num_threads: int | None = option(None, "CPU threads of torch; null: torch's choice", at_least=1)
+    debug: bool = option(False, "Show tracebacks of user errors too")
+
+
+@dataclass
+class GenerateCommand:
+    """Everything `python -m mini_distill.generate` can be told."""
+
+    model: str | None = option(None, "Who writes: a folder or hub id; or the folder of a run, whose student and data are taken where not given; null: the teacher")
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    seed: int = option(0, "Decides what is sampled", at_least=0, below=2**32)
+    output_dir: str | None = option(None, "Folder of the rows; null: <the run's folder>/generated, or generated/<the overrides>")
     precision: str = option("auto", "bf16: autocast; fp32; auto: bf16 on an accelerator that has it", choices=("auto", "fp32", "bf16"))
     num_threads: int | None = option(None, "CPU threads of torch; null: torch's choice", at_least=1)
     debug: bool = option(False, "Show tracebacks of user errors too")

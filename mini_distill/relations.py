@@ -22,6 +22,8 @@ from .config import (
     Config,
     DataConfig,
     EvaluateCommand,
+    GenerateCommand,
+    GenerateConfig,
     PairsConfig,
     PlanCommand,
     StudentConfig,
@@ -77,6 +79,31 @@ def check_evaluate_command(command: EvaluateCommand) -> list[Problem]:
             Problem(f"evaluation.{name}.{key}.path", "missing", "Give a file.") for key, group in groups.items() if group.path is None
         ]
     return problems
+
+
+def check_generate_command(command: GenerateCommand) -> list[Problem]:
+    """The same for `python -m mini_distill.generate`."""
+    problems = check_data(command.data, "data") if command.data.source != "mixture" else []
+    if command.data.source == "mixture":
+        problems = [Problem("data.source", "a mixture, and prompts come from one source", "Go through its parts, one after the other.")]
+    problems = [*problems, *_check_generate(command.generate)]
+    if command.model is not None:
+        return [*problems, *check_local_path("model", command.model)]
+    problems += [*_check_server(command.teacher), *_check_model("teacher", command.teacher)]
+    if command.teacher.kind in ("none", "cached", "server") or command.teacher.cache_dir or command.teacher.cache_kind:
+        remedy = "Choose teacher=embedded or hf, without a cache, or give a model."
+        problems.append(Problem("teacher", "nobody here who could write", remedy))
+    return problems
+
+
+def _check_generate(generate: GenerateConfig) -> Iterator[Problem]:
+    if generate.num_beams > 1 and generate.sampling_temperature > 0:
+        what = f"got {generate.num_beams}, and generate.sampling_temperature is {generate.sampling_temperature}"
+        yield Problem("generate.num_beams", what, "Beam search looks for the likeliest, sampling does not: leave one out.")
+    for name in ("top_p", "num_samples"):
+        if generate.sampling_temperature == 0 and (value := getattr(generate, name)) != 1:
+            remedy = "Set generate.sampling_temperature, such as 1."
+            yield Problem(f"generate.{name}", f"got {value}, and nothing is sampled", remedy)
 
 
 def check_plan_command(command: PlanCommand) -> list[Problem]:
@@ -554,6 +581,7 @@ RELATIONS: dict[type, Callable[[Any], list[Problem]]] = {
     CacheCommand: check_cache_command,
     CacheLookCommand: check_cache_command,
     EvaluateCommand: check_evaluate_command,
+    GenerateCommand: check_generate_command,
     PlanCommand: check_plan_command,
 }
 """What is checked of the settings of each verb."""

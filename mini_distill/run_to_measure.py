@@ -1,4 +1,4 @@
-"""The settings of an evaluation of a run: its student, teacher and data, unless the command line says otherwise."""
+"""The settings with which a run's student is measured or used: its teacher and data, unless the command line says otherwise."""
 
 from __future__ import annotations
 
@@ -23,10 +23,12 @@ HOW_MUCH_IT_MEASURES = ("evaluation.max_batches", "evaluation.batch_size")
 logger = logging.getLogger(__name__)
 
 
-def with_settings_of_run(composed: DictConfig, overrides: Sequence[str]) -> DictConfig:
+def with_settings_of_run(composed: DictConfig, overrides: Sequence[str], results: str) -> DictConfig:
     """Where `model` is the folder of a run: its student, its teacher and data, and its way of measuring.
 
     What the command line says goes first: `data=…` and `teacher=…` replace the run's whole group, `data.seq_len=…` one setting of it.
+
+    With the run's own teacher and data what comes out goes into the folder `results` of the run, if no other is given.
 
     Raises:
         ConfigError: the run has no student yet, or wants to be trusted.
@@ -44,10 +46,11 @@ def with_settings_of_run(composed: DictConfig, overrides: Sequence[str]) -> Dict
         composed[group] = _with_overrides(group, of_run.get(group, {}), composed, given)
     if "teacher" not in given:
         _check_trusted(composed.teacher, run / "config.yaml", given)
-    _measure_alike(composed, of_run, given)
+    if "evaluation" in composed:
+        _measure_alike(composed, of_run, given)
     composed["model"] = str(run / "student")
     if composed.get("output_dir") is None and not _changes(given, "data") and not _changes(given, "teacher"):
-        composed["output_dir"] = str(run / "evaluation")
+        composed["output_dir"] = str(run / results)
     return composed
 
 

@@ -16,7 +16,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -102,8 +102,12 @@ def read_regular(path: Path | str) -> bytes:
 # ---------------------------------------------------------------------------------------------------------------- atomic writes
 
 
-def atomic_write_text(path: Path | str, text: str) -> None:
+def atomic_write_text(path: Path | str, text: str | Iterable[str]) -> None:
     """Write `text` as UTF-8 to `path`; whatever happens, the file holds the old text or the new one.
+
+    Args:
+        path: The file.
+        text: All of it, or its parts one after the other.
 
     Raises:
         StorageError: the disk is full, read-only, …; the old file is then untouched.
@@ -111,7 +115,7 @@ def atomic_write_text(path: Path | str, text: str) -> None:
     path = Path(path)
     with storage_errors(path, "write"), _temporary_beside(path) as temporary:
         with open(temporary, "x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+            file.writelines([text] if isinstance(text, str) else text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
