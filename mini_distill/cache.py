@@ -52,6 +52,8 @@ from .run import CallableCache
 from .storage import atomic_write_text, size_text
 from .targets import cache_command
 from .teachers.cache_build import CacheBuilder
+from .teachers.cache_files import Side
+from .teachers.cache_forecast import effort
 from .teachers.cache_identity import identity, read_description, write_description
 from .teachers.cached import REBUILD, CachedTeacher, damaged_parts, open_side
 from .teachers.load import load_teacher, load_teacher_tokenizer, teacher_path
@@ -68,7 +70,8 @@ def build(config: CacheCommand, wait: bool = False) -> dict[str, Any]:
         wait: For another process that builds there, instead of refusing.
 
     Returns:
-        The summary, also in `<cache.dir>/summary.json`: tokens, bytes per token on disk, captured mass, seconds.
+        The summary, also in `<cache.dir>/summary.json`: tokens, bytes per token on disk, captured mass; what was predicted; the seconds
+        and scored sequences of the build that finished it and of all that mended it since.
 
     Raises:
         MiniDistillError: any problem that is the user's to mend.
@@ -85,13 +88,16 @@ def build(config: CacheCommand, wait: bool = False) -> dict[str, Any]:
         accelerator.wait_for_everyone()
         description = read_description(folder)
         sides = {name: open_side(folder, description, name) for name in description["sides"]}
-        predicted = builder.predict(sides)
-        if accelerator.is_main_process:
-            print(_prediction(predicted, config), flush=True)
-            builder.check_space(predicted["cache/predicted_bytes"] - _bytes_on_disk(folder))
+        missing = {name: side.damaged() for name, side in sides.items()} if accelerator.is_main_process else {}
+        left: dict[str, dict[int, str]] = broadcast_object_list([missing])[0]  # one reader of it all, one opinion
+        if description["complete"] and not any(left.values()):
+            if accelerator.is_main_process:
+                print(f"Nothing is left to be scored.\n{_result(folder, description['summary'])}")
+            return description["summary"]
+        predicted = _predict(builder, sides, left, accelerator.num_processes) if accelerator.is_main_process else {}
         accelerator.wait_for_everyone()
         started = time.perf_counter()
-        own = builder.build(sides, show_progress=accelerator.is_main_process)
+        own = builder.build(sides, left, show_progress=accelerator.is_main_process)
         scored = int(accelerator.reduce(torch.tensor(own, device=accelerator.device), "sum").item())
         seconds = time.perf_counter() - started
         summary: dict[str, Any] = {}
@@ -301,13 +307,34 @@ def _check_stop(stop: StopRequest, folder: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------------- reporting
 
 
-def _prediction(predicted: dict[str, float], config: CacheCommand) -> str:
-    minutes = predicted["cache/predicted_seconds"] / 60
-    return (
-        f"{predicted['cache/tokens']:,.0f} tokens, kind {config.cache.kind}: about {predicted['cache/predicted_bytes_per_token']:.1f} bytes per token, "
-        f"{size_text(predicted['cache/predicted_bytes'])}, {minutes:.1f} minutes; "
-        f"{_captured(config.cache, predicted['cache/captured_mass'])}."
+def _predict(builder: CacheBuilder, sides: dict[str, Side], left: dict[str, dict[int, str]], num_processes: int) -> dict[str, float]:
+    """Say what the cache will take, and what is left of it; gives the figures of the whole.
+
+    Raises:
+        StorageError: there is no space for what is left.
+    """
+    every = {name: list(range(side.num_shards)) for name, side in sides.items()}
+    forecasts = {name: builder.forecast(side, list(left[name]) or every[name]) for name, side in sides.items()}
+    whole, to_do = (effort(forecasts, shards, num_processes) for shards in (every, left))
+    besides = _bytes_on_disk(builder.folder) - sum(_bytes_on_disk(builder.folder / name) for name in sides)  # the tokenizer, say
+    train = effort({"train": forecasts["train"]}, every, 1).num_bytes / max(1, forecasts["train"].tokens)
+    tokens, mass = sum(found.tokens for found in forecasts.values()), forecasts["train"].captured_mass
+    print(
+        f"{tokens:,} tokens, kind {builder.config.kind}: about {train:.1f} bytes per token, {size_text(whole.num_bytes + besides)}, "
+        f"{whole.seconds / 60:.1f} minutes; {_captured(builder.config, mass)}.",
+        flush=True,
     )
+    if to_do.sequences < whole.sequences:
+        rest = f"{to_do.sequences:,} of {whole.sequences:,} sequences, {size_text(to_do.num_bytes)}, {to_do.seconds / 60:.1f} minutes"
+        print(f"Left to be scored: {rest}.", flush=True)
+    builder.check_space(to_do.num_bytes)
+    return {
+        "cache/tokens": tokens,
+        "cache/predicted_bytes_per_token": train,
+        "cache/predicted_bytes": whole.num_bytes + besides,
+        "cache/predicted_seconds": whole.seconds,
+        "cache/captured_mass": mass,
+    }
 
 
 def _captured(cache: CacheConfig, mass: float) -> str:
@@ -316,25 +343,23 @@ def _captured(cache: CacheConfig, mass: float) -> str:
     if cache.kind == "topk":
         return f"the {cache.k} tokens that are listed hold {share}, and of all others the sum is kept"
     if cache.kind == "sampled" and cache.sampling == "threshold":
-        return f"the tokens that are always listed hold {share}, and the others are drawn from"
+        return f"the tokens that are always listed hold {share}, and the others are sampled"
     if cache.kind == "sampled":
         return f"the tokens that are drawn hold {share} on average"
     return "every token's probability is kept" + (", rounded to bfloat16" if cache.kind == "full" else "")
 
 
 def _finish(folder: Path, description: dict[str, Any], predicted: dict[str, float], scored: int, seconds: float) -> dict[str, Any]:
-    """The description with its figures; a build that found all shards in place keeps those of the build that made them."""
-    if scored == 0 and description["complete"]:
-        return description["summary"]
-    size = _bytes_on_disk(folder)
-    train = sum(file.stat().st_size for file in (folder / "train").rglob("*.npy"))
+    """The description with its figures; a build that mends a whole cache adds to what that took."""
+    before: dict[str, Any] = description.get("summary", {})
     tokens = sum(int(np.load(file, mmap_mode="r")[-1]) for file in (folder / "train").rglob("starts.npy"))
     summary = {
         **predicted,
-        "cache/bytes": size,
-        "cache/bytes_per_token": train / max(1, tokens),
-        "cache/seconds": seconds,
-        "cache/scored_sequences": scored,
+        **before,
+        "cache/bytes": _bytes_on_disk(folder),
+        "cache/bytes_per_token": _bytes_on_disk(folder / "train") / max(1, tokens),
+        "cache/seconds": before.get("cache/seconds", 0.0) + seconds,
+        "cache/scored_sequences": before.get("cache/scored_sequences", 0) + scored,
     }
     atomic_write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     write_description(folder, description | {"complete": True, "summary": summary})
