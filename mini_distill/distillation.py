@@ -7,13 +7,14 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -31,6 +32,7 @@ from .models.packed_documents import check_documents_kept_apart
 from .out_of_memory import is_out_of_memory, out_of_memory
 from .redaction import print_traceback, redact
 from .students.build import TeacherSizes, build_student
+from .teachers.cache_files import Side
 from .teachers.cache_identity import digest
 from .teachers.cached import CachedTeacher
 from .teachers.load import load_teacher, load_teacher_tokenizer
@@ -224,7 +226,7 @@ def prepare(config: Config, run: RunFolder, tracker: Tracker) -> Distillation:
     with accelerator.main_process_first():
         data = prepare_data(config.data, tokenizer, show_progress=accelerator.is_main_process)
 
-    teacher, held_out_teacher = open_teacher(config, teacher_model, data, tokenizer)
+    teacher, held_out_teacher = open_teacher(config, teacher_model, data, tokenizer, accelerator)
     student_model = build_student(
         config.student,
         teacher=teacher_model,
@@ -310,7 +312,7 @@ def start_processes(precision: str, num_threads: int | None) -> Accelerator:
 
 
 def open_teacher(
-    config: Config, model: PreTrainedModel | None, data: PreparedData, tokenizer: PreTrainedTokenizerBase
+    config: Config, model: PreTrainedModel | None, data: PreparedData, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator
 ) -> tuple[Teacher | None, CachedTeacher | ServerTeacher | None]:
     """Where the training's targets come from, and those of the held-out text where no teacher in this process gives them.
 
@@ -327,8 +329,16 @@ def open_teacher(
     if model is not None:
         wanted["teacher"] = {"weights": weights_fingerprint(model), "dtype": str(model.dtype).removeprefix("torch.")}
     folder = Path(config.teacher.cache_dir).expanduser()
-    held_out = CachedTeacher(folder, wanted, "held_out") if model is None and data.held_out is not None else None
-    return CachedTeacher(folder, wanted), held_out
+    look_through = partial(look_through_together, accelerator)
+    held_out = CachedTeacher(folder, wanted, "held_out", look_through) if model is None and data.held_out is not None else None
+    return CachedTeacher(folder, wanted, "train", look_through), held_out
+
+
+def look_through_together(accelerator: Accelerator, side: Side) -> dict[int, str]:
+    """The damaged shards of a side. The processes of a machine, which read the same files, look at a share each; all learn of all."""
+    on_this_machine = min(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), accelerator.num_processes)
+    found = side.damaged(range(accelerator.local_process_index % on_this_machine, side.num_shards, on_this_machine))
+    return dict(sorted(shard for part in gather_object([found]) for shard in part.items()))
 
 
 def sizes_from_cache(teacher: Teacher | None) -> TeacherSizes | None:

@@ -47,6 +47,7 @@ from mini_distill.data.batch import Batch
 from mini_distill.digest import digest_run
 from mini_distill.errors import CacheError, ConfigError, MiniDistillError, ModelError, Preempted, StorageError
 from mini_distill.folder_lock import FolderLock
+from mini_distill.teachers import cache_files
 from mini_distill.teachers.cache_build import CacheBuilder
 from mini_distill.teachers.cache_identity import read_description
 from mini_distill.teachers.online import OnlineTeacher
@@ -97,6 +98,28 @@ def test_two_processes_train_from_a_cache_as_one_beside_the_teacher(
     found, wanted = losses(tmp_path / "run", *TRAINED), losses(online, *TRAINED)
     for name in TRAINED:
         assert found[name] == pytest.approx(wanted[name], rel=5e-5, abs=5e-5), name
+
+
+@forks
+def test_two_processes_look_through_a_cache_together_and_both_refuse_what_one_found(
+    tiny_command: list[str], small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each of them read every byte of it at every start."""
+    command = [*from_cache(tiny_command, small), "trainer.micro_batch_size=2"]
+
+    def noted(rank: int) -> None:
+        verify = cache_files.verify_folder
+        with pytest.MonkeyPatch.context() as patch, (tmp_path / f"read-{rank}").open("w") as file:
+            patch.setattr(cache_files, "verify_folder", lambda folder: print(folder, file=file, flush=True) or verify(folder))
+            run(command, tmp_path / "run")
+
+    assert in_processes(2, noted) == [0, 0]
+    read = [(tmp_path / f"read-{rank}").read_text().splitlines() for rank in range(2)]
+    assert all(read) and sorted(read[0] + read[1]) == sorted(str(shard) for shard in small.glob("*/shard-*"))
+    (small / "train" / "shard-00001" / "mark.npy").write_bytes(b"")
+    assert in_processes(2, noted) == [5, 5]
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 2 and all(line.startswith(f"error: {small}/train/shard-00001: mark.npy: 0 bytes") for line in lines)
 
 
 def test_full_is_the_live_teacher_to_the_rounding_of_bfloat16(

@@ -560,7 +560,14 @@ def test_as_many_requests_run_at_a_time_as_are_allowed_whatever_a_batch_holds(
     assert double.most_at_a_time == 7
     asked = [tuple(body["prompt"]) for body in double.completions]
     double.delay, double.most_at_a_time = lambda prompt: 0.0, 0
-    build([*command, "teacher.num_requests=1"], tmp_path / "one", "cache.kind=topk", "cache.k=5", "cache.batch_size=2", "cache.shard_sequences=3")
+    build(
+        [*command, "teacher.num_requests=1"],
+        tmp_path / "one",
+        "cache.kind=topk",
+        "cache.k=5",
+        "cache.batch_size=2",
+        "cache.shard_sequences=3",
+    )
     assert content(tmp_path / "ahead") == content(tmp_path / "one") and double.most_at_a_time == 1
     assert sorted(asked) == sorted(tuple(body["prompt"]) for body in double.completions[len(asked) :])  # nothing twice
 
