@@ -9,12 +9,14 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -33,6 +35,7 @@ from .models.packed_documents import check_documents_kept_apart
 from .out_of_memory import is_out_of_memory, out_of_memory
 from .redaction import print_traceback, redact
 from .students.build import TeacherSizes, build_student
+from .teachers.cache_files import Side
 from .teachers.cache_identity import digest
 from .teachers.cached import CachedTeacher
 from .teachers.load import load_teacher, load_teacher_tokenizer
@@ -291,7 +294,7 @@ def prepare(config: Config, run: RunFolder, tracker: Tracker, stop: StopRequest)
         data = prepare_data(config.data, tokenizer, show_progress=accelerator.is_main_process)
 
     who = model_identity(teacher_model) if teacher_model is not None else None
-    teacher, held_out_teacher = open_teacher(config, teacher_model, who, data, tokenizer)
+    teacher, held_out_teacher = open_teacher(config, teacher_model, who, data, tokenizer, accelerator)
     student_model = build_student(
         config.student,
         teacher=teacher_model,
@@ -395,6 +398,7 @@ def open_teacher(
     who: dict[str, Any] | None,
     data: PreparedData,
     tokenizer: PreTrainedTokenizerBase,
+    accelerator: Accelerator,
 ) -> tuple[Teacher | None, CachedTeacher | ServerTeacher | None]:
     """Where the training's targets come from, and those of the held-out text where no teacher in this process gives them.
 
@@ -413,8 +417,16 @@ def open_teacher(
     if who is not None:
         wanted["teacher"] = who
     folder = Path(config.teacher.cache_dir).expanduser()
-    held_out = CachedTeacher(folder, wanted, "held_out") if model is None and data.held_out is not None else None
-    return CachedTeacher(folder, wanted), held_out
+    look_through = partial(look_through_together, accelerator)
+    held_out = CachedTeacher(folder, wanted, "held_out", look_through) if model is None and data.held_out is not None else None
+    return CachedTeacher(folder, wanted, "train", look_through), held_out
+
+
+def look_through_together(accelerator: Accelerator, side: Side) -> dict[int, str]:
+    """The damaged shards of a side. The processes of a machine, which read the same files, look at a share each; all learn of all."""
+    on_this_machine = min(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), accelerator.num_processes)
+    found = side.damaged(range(accelerator.local_process_index % on_this_machine, side.num_shards, on_this_machine))
+    return dict(sorted(shard for part in gather_object([found]) for shard in part.items()))
 
 
 def sizes_from_cache(teacher: Teacher | None) -> TeacherSizes | None:

@@ -14,7 +14,7 @@ Axes: T supervised tokens of a shard, k entries of a token, V vocabulary, H hidd
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -156,10 +156,10 @@ class Side:
         text = f"{self.identity} {self.name} {sequences.start} {sequences.stop}"
         return np.frombuffer(hashlib.sha256(text.encode()).digest(), dtype=np.uint8)
 
-    def damaged(self) -> dict[int, str]:
-        """Shard -> what is wrong with it, for those that cannot be used."""
+    def damaged(self, shards: Iterable[int] | None = None) -> dict[int, str]:
+        """Shard -> what is wrong with it, for those that cannot be used: of all shards, or of these; every byte is read."""
         problems = {}
-        for number in range(self.num_shards):
+        for number in range(self.num_shards) if shards is None else shards:
             folder = self.folder(number)
             if found := (verify_folder(folder) if folder.exists() else ["missing"]):
                 problems[number] = found[0]

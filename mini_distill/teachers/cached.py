@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,16 +41,23 @@ class CachedTeacher:
         wanted: The identity that the run expects, of which groups may be left out: a run without a live teacher does not know
             its weights.
         side: `train` or `held_out`.
+        look_through: Finds the shards that cannot be used: by itself, or together with other processes.
 
     Raises:
         CacheError: there is no whole cache, it is damaged, or it is one of something else.
     """
 
-    def __init__(self, folder: Path, wanted: dict[str, Any], side: str = "train") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        wanted: dict[str, Any],
+        side: str = "train",
+        look_through: Callable[[Side], dict[int, str]] = Side.damaged,
+    ) -> None:
         self.folder, self.description = folder, read_description(folder)
         check_same(self.description["identity"], wanted, folder, OTHER)
         self.side = open_side(folder, self.description, side)
-        if damaged := self.side.damaged():
+        if damaged := look_through(self.side):
             number, problem = next(iter(damaged.items()))
             also = f" (and {len(damaged) - 1} more shards)" if len(damaged) > 1 else ""
             raise CacheError(str(self.side.folder(number)), f"{problem}{also}", REBUILD)
