@@ -16,7 +16,7 @@ from ..overrides import GROUPS, override
 from .figures import Cell, Table
 from .measured import Measured, leaves
 
-WHERE_IT_RAN = ("output_dir", "resume", "resume_allow", "debug", "tracking", "trainer.num_threads")
+WHERE_IT_RAN = ("output_dir", "resume", "resume_allow", "debug", "tracking", "trainer.num_threads", "trainer.stuck_after")
 """Settings that say nothing about what a run computes."""
 
 
