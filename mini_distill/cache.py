@@ -37,7 +37,7 @@ from .config import CacheCommand, CacheConfig, Config
 from .data.order import Stream
 from .data.prepare import prepare_data
 from .data.tokenizers import tokenizer_fingerprint, vocabulary_size
-from .distillation import check_vocabulary, naming_the_process, start_processes
+from .distillation import check_vocabulary, start_processes
 from .errors import CacheError, ConfigError, Preempted, Problem
 from .folder_lock import FolderLock
 from .models.head import embedding_rows
@@ -55,6 +55,7 @@ from .teachers.cached import REBUILD, CachedTeacher, damaged_parts, open_side
 from .teachers.load import load_teacher, load_teacher_tokenizer, teacher_path
 from .teachers.online import OnlineTeacher
 from .teachers.server import ServerTeacher, open_server
+from .training.process_group import ending_together
 from .training.signals import StopRequest
 
 
@@ -74,8 +75,9 @@ def build(config: CacheCommand, wait: bool = False) -> dict[str, Any]:
         Preempted: SIGTERM or Ctrl-C; finished shards stay.
     """
     folder = _folder(config)
-    with naming_the_process(), StopRequest() as stop, ExitStack() as held:
-        accelerator = start_processes(config.precision, config.num_threads)
+    with ending_together(), StopRequest() as stop, ExitStack() as held:
+        with stop.at_once():
+            accelerator = start_processes(config.precision, config.num_threads)
         builder, wanted, facts = _prepare(config, accelerator, stop)
         if accelerator.is_main_process:
             builder.check_space(0)

@@ -23,6 +23,7 @@ from .models.head import embedding_rows
 from .models.loading import quiet
 from .storage import atomic_folder, read_regular, verify_folder
 from .teachers.cached import CachedTeacher
+from .training.process_group import note
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ def write_result(d: Distillation, control: dict[str, Any] | None = None) -> dict
         d: The run, trained.
         control: The summary of the same run without its teacher, to compare with.
     """
+    note(d.config.trainer.max_steps, "result")
     exported_step = export_weights(d)
     after = metrics_at(d, exported_step) or d.evaluate(exported_step)  # its row is gone where resume_allow=[metrics] was needed
     samples = write_samples(d)

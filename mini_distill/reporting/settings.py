@@ -17,7 +17,7 @@ from .figures import Cell, Table
 from .measured import Measured, leaves
 from .places import KEPT, short_path, without_paths
 
-WHERE_IT_RAN = ("output_dir", "resume", "resume_allow", "debug", "tracking", "trainer.num_threads")
+WHERE_IT_RAN = ("output_dir", "resume", "resume_allow", "debug", "tracking", "trainer.num_threads", "trainer.stuck_after")
 """Settings that say nothing about what a run computes."""
 
 

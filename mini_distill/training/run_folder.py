@@ -139,6 +139,11 @@ class RunFolder:
         if is_first or time.monotonic() - self._updated > SECONDS_BETWEEN_UPDATES:
             self._write_status("running", None)
 
+    def fail(self, error: BaseException) -> None:
+        """Say that the run ended with `error`, where the process ends without leaving the folder."""
+        state, exit_code = _ending(error)
+        self._write_status(state, exit_code, error)
+
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Every final number to summary.json, sorted by key; a number that is not finite becomes null."""
         if self._is_main:
