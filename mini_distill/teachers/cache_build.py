@@ -32,7 +32,7 @@ from ..storage import atomic_folder, check_writable, remove_stale_temporaries, s
 from .cache_files import CHECKSUMS, MARK, SEQUENCE_STARTS, Columns, Side, join, write_columns
 from .cache_forecast import Forecast, forecast, spread_over
 from .cache_identity import DESCRIPTION, check_same, read_description, write_description
-from .cache_kinds import TopK, entry_starts
+from .cache_kinds import TopK
 from .cached import checksums, kind_of_side, save_head
 from .online import OnlineTeacher
 from .sampling import entropy
@@ -232,7 +232,7 @@ class CacheBuilder:
         del columns["_tokens"]
         found_sums = np.array([sums[i] for i in side.sequences_of(number)], dtype=np.uint32)
         own: Columns = {SEQUENCE_STARTS: starts, CHECKSUMS: found_sums, MARK: side.mark(number)}
-        return columns | entry_starts(columns, starts) | own
+        return columns | own
 
     def _batches(self, stream: Stream, numbers: Sequence[int]) -> Iterator[Batch]:
         """Sequences, those of a shard, say; those of like length together and cut to the longest, so that little padding is scored."""
@@ -271,7 +271,7 @@ class CacheBuilder:
                     columns["_tokens"] = np.zeros(len(logits), dtype=np.uint8)
                     parts.append(columns | (_for_evaluation(logits, next_tokens[rows]) if held_out else {}))
                 at += count
-                found[number] = join(parts) if parts else self._nothing(targets.hidden, side)
+                found[number] = kind.pack(join(parts) if parts else self._nothing(targets.hidden, side))
         return found, masses
 
     def _score_listed(self, batch: Batch, rows: SparseRows, side: str) -> tuple[dict[int, Columns], list[Tensor]]:
@@ -287,7 +287,7 @@ class CacheBuilder:
             columns |= {name: (values.int() if name == "top_id" else values).cpu().numpy() for name, values in about.items()}
         ends = np.cumsum(loss_mask(batch.labels).sum(-1).tolist())
         parts = {name: np.split(column, ends[:-1]) for name, column in columns.items()}
-        found = {number: {name: part[i] for name, part in parts.items()} for i, number in enumerate(batch.row_ids.tolist())}
+        found = {number: kind.pack({name: part[i] for name, part in parts.items()}) for i, number in enumerate(batch.row_ids.tolist())}
         return found, [rows.log_probs[:, : kind.config.k].exp().sum(-1).cpu()]
 
     def _nothing(self, hidden: Tensor, side: str) -> Columns:

@@ -34,7 +34,7 @@ from ..errors import ConfigError, ModelError
 from ..losses.reduction import IGNORE_INDEX, loss_mask
 from ..losses.sparse import TopKRows
 from ..redaction import MASK, redact_text
-from .cache_kinds import SparseTargets
+from .cache_kinds import LEAST, SparseTargets
 
 API_KEY = "MINI_DISTILL_API_KEY"
 """The only variable that is read: a key that was set for another service is not sent to this one."""
@@ -44,8 +44,8 @@ FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
 """Seconds between tries, doubling; about two minutes in all, so that a server can be restarted."""
 
 LONGEST_RETRY_AFTER = 300.0
-IMPOSSIBLE, LEAST = -9999.0, -50.0
-"""vLLM writes -9999 for -inf. In a row, beside other tokens, what is below -50 is taken for -50: it would swamp the rest."""
+IMPOSSIBLE = -9999.0
+"""vLLM writes that for -inf."""
 
 MASS_ROUNDING = 0.01
 PADDING_MASS = 1e-3
@@ -247,6 +247,7 @@ class ServerTeacher:
             share = tail / (self.vocab_size - len(likely))
             others = (token for token in range(self.vocab_size) if token not in inside)
             likely += [(token, math.log(max(share, math.exp(LEAST)))) for token, _ in zip(others, range(missing), strict=False)]
+            likely.sort(key=lambda entry: -entry[1])  # their share may be more than the least of those that are listed
             tail -= missing * share
         bounded = [min(0.0, max(value, LEAST)) for _, value in likely]  # above 0 by rounding
         return [token for token, _ in likely], bounded, tail, min(0.0, max(listed[target], IMPOSSIBLE))
