@@ -161,7 +161,7 @@ class Distillation:
                 },
                 best=self.best.get("step") == step,
             )
-            self.run.set_step(step)
+            self.run.note_saved(step)
         self.accelerator.wait_for_everyone()
 
     def stop_if_asked(self, step: int, is_saved: bool) -> None:
@@ -223,7 +223,7 @@ class Distillation:
         Raises:
             StorageError: there was one.
         """
-        if (saved := self.run.status().get("step", 0)) > 0:
+        if (saved := self.run.status().get("saved_step", 0)) > 0:
             what = f"no checkpoint is there, and the run has saved step {saved}"
             remedy = "Bring back a copy of one, name one of another run with resume=<folder>, or start anew with resume=never."
             raise StorageError(str(self.checkpoints.folder), what, remedy)

@@ -272,6 +272,7 @@ def _sync_folder(folder: Path) -> None:
 # .tmp-<name>-<pid>@<host>-<random>; "old" instead of "tmp" is what `name` was before it is replaced.
 _TEMPORARY = re.compile(r"^\.(?P<kind>tmp|old)-(?P<name>.+)-(?P<pid>\d+)(@(?P<host>.+))?-(?P<random>[0-9a-f]+)$")
 _in_use: set[str] = set()
+_gone: set[str] = set()
 
 
 @contextlib.contextmanager
@@ -308,7 +309,14 @@ def remove_stale_temporaries(parent: Path | str) -> None:
                 _delete(entry)
 
 
+def mark_as_gone(pid: int, host: str) -> None:
+    """A process of another host is known to be dead: what it left behind is cleared as that of one of this host would be."""
+    _gone.add(f"{pid}@{host}")
+
+
 def _is_stale(name: str, match: re.Match[str]) -> bool:
+    if f"{match['pid']}@{match['host']}" in _gone:
+        return True
     if match["host"] not in (None, this_host()):
         return False
     if int(match["pid"]) == os.getpid():  # in a container every process may be number 1

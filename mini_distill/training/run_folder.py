@@ -75,7 +75,7 @@ class RunFolder:
         self._resume = resume
         self._is_main = is_main
         self._needed_bytes = needed_bytes
-        self._step = 0
+        self._step = self._saved_step = 0
         self._updated = 0.0
         self._logged: set[tuple[int, str]] = set()
         self._metrics_file = -1
@@ -90,7 +90,7 @@ class RunFolder:
         with contextlib.ExitStack() as held:
             self._take(held)
             remove_stale_temporaries(self.path)
-            self._step = self.status().get("step", 0)
+            self._step, self._saved_step = (self.status().get(name, 0) for name in ("step", "saved_step"))
             self._write_status("running", None)
             atomic_write_text(self.path / "config.yaml", yaml.safe_dump(redact(self._config), sort_keys=False, allow_unicode=True))
             self._open_metrics()
@@ -130,13 +130,20 @@ class RunFolder:
     # -------------------------------------------------------------------------------------------------------------- status
 
     def status(self) -> dict[str, Any]:
-        """What status.json says: state, step, exit_code, updated, pid, of a failed run the error; empty when it is missing or damaged."""
+        """What status.json says: state, step, saved_step, exit_code, updated, pid, of a failed run the error; empty when it is damaged."""
         return _read_status(self.path)
 
     def set_step(self, step: int) -> None:
-        """Note the optimizer step that is saved; status.json follows at the first, at most every 30 seconds, and at the end."""
-        is_first, self._step = self._step == 0, step
-        if is_first or time.monotonic() - self._updated > SECONDS_BETWEEN_UPDATES:
+        """Note the optimizer step that is reached; status.json follows at most every 30 seconds, and at the end."""
+        self._step = step
+        if time.monotonic() - self._updated > SECONDS_BETWEEN_UPDATES:
+            self._write_status("running", None)
+
+    def note_saved(self, step: int) -> None:
+        """Note that there is a checkpoint of `step`; that there is one at all is in status.json at once."""
+        is_first, self._saved_step = self._saved_step == 0, step
+        self.set_step(step)
+        if is_first:
             self._write_status("running", None)
 
     def fail(self, error: BaseException) -> None:
@@ -153,7 +160,8 @@ class RunFolder:
         if not self._is_main:
             return
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        status = {"state": state, "step": self._step, "exit_code": exit_code, "updated": now, "pid": os.getpid()}
+        steps = {"step": self._step, "saved_step": self._saved_step}
+        status = {"state": state, **steps, "exit_code": exit_code, "updated": now, "pid": os.getpid()}
         if state == "failed" and error is not None:
             status["error"] = _one_line(error)
         atomic_write_text(self.path / "status.json", json.dumps(status) + "\n")
