@@ -7,27 +7,27 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 
-from .config import CacheCommand, CacheConfig, CacheLookCommand, Config, EvaluateCommand, GenerateCommand, PlanCommand
-from .contract import as_it_stands, build_config, resolved, shown
-from .errors import CacheError, ConfigError, MiniDistillError, Problem
+from .cache_to_look_at import with_settings_of_cache
+from .config import CacheCommand, CacheLookCommand, Config, EvaluateCommand, GenerateCommand, PlanCommand
+from .contract import build_config, resolved
+from .errors import ConfigError, MiniDistillError
 from .out_of_memory import is_out_of_memory, out_of_memory
 from .overrides import fixed_keys, missing_preset, prepare_overrides, run_name
 from .redaction import print_traceback
+from .run_to_measure import with_settings_of_run
 from .targets import cache_command, default_folder
-from .teachers.cache_identity import read_description
-from .written import read_object, read_settings
+from .written import read_object
 
 if TYPE_CHECKING:
     from hydra.errors import MissingConfigException
     from yaml import MarkedYAMLError
-
 
 CONTRACTS = {
     "contract": Config,
@@ -181,75 +181,6 @@ def _checked(composed: DictConfig, overrides: Callable[[], Sequence[str]], schem
     if isinstance(config, Config) and config.teacher.cache_kind is not None and config.teacher.cache_dir is None:
         config.teacher.cache_dir = str(default_folder(cache_command(config)))
     return config
-
-
-def with_settings_of_run(composed: DictConfig, overrides: Sequence[str], results: str) -> DictConfig:
-    """Where `model` is the folder of a run: its teacher and data, unless the command line says otherwise, and its student.
-
-    What comes out goes into the folder `results` of the run, if no other is given.
-
-    Raises:
-        ConfigError: the run has no student yet.
-    """
-    run = Path(str(OmegaConf.select(composed, "model", throw_on_missing=False))).expanduser()
-    if not (run / "config.yaml").is_file():
-        return composed
-    if not (run / "student" / "config.json").is_file():
-        raise ConfigError("model", f"the run '{run}' has no student yet", "Run its command again to finish it.")
-    of_run = read_settings(run / "config.yaml")
-    given = {re.split(r"[.=]", text.lstrip("+~"))[0] for text in overrides}
-    for group in {"teacher", "data"} - given:
-        composed[group] = as_it_stands(of_run.get(group, {}))
-    if "teacher" not in given:
-        _check_trusted(of_run.get("teacher", {}), run / "config.yaml")
-    if "teacher" not in given and composed.teacher.get("kind") != "cached":
-        composed.teacher.cache_dir = composed.teacher.cache_kind = composed.teacher.cache_k = (
-            None  # the live teacher stood beside the cache
-        )
-    composed["model"] = str(run / "student")
-    if composed.get("output_dir") is None:
-        composed["output_dir"] = str(run / results)
-    return composed
-
-
-def with_settings_of_cache(composed: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """What the cache in `cache.dir` is, where the command line does not say it.
-
-    Raises:
-        CacheError: the command line says otherwise; one problem for each setting.
-    """
-    folder = Path(str(OmegaConf.select(composed, "cache.dir"))).expanduser()
-    try:
-        of_cache = read_description(folder)["identity"]["cache"]
-    except CacheError:
-        return composed  # said where it is opened
-    keys = {text.lstrip("+~").partition("=")[0] for text in overrides}
-    given = {name: value for name, value in composed.cache.items() if f"cache.{name}" in keys or not _is_default(name, value)}
-    if wrong := [name for name, value in of_cache.items() if given.get(name, value) != value]:
-        remedy = "Leave it out, or give the folder of another cache."
-        raise CacheError.from_problems(
-            Problem(f"{folder}: cache.{name}", f"the cache has {shown(of_cache[name])}, this run {shown(given[name])}", remedy)
-            for name in wrong
-        )
-    OmegaConf.update(composed, "cache", of_cache, force_add=True)
-    return composed
-
-
-def _is_default(name: str, value: Any) -> bool:
-    return getattr(CacheConfig(), name, None) == value  # else a preset has set it
-
-
-def _check_trusted(teacher: Mapping[str, Any], file: Path) -> None:
-    """A run may be anybody's: what its settings cannot decide is whose code is run here, and who is shown a key.
-
-    Raises:
-        ConfigError: they would.
-    """
-    remedy = "If you trust it, give teacher=… with its settings in the command."
-    if teacher.get("trust_remote_code"):
-        raise ConfigError("teacher.trust_remote_code", f"{file} asks to run code from the repository of '{teacher.get('path')}'", remedy)
-    if teacher.get("kind") == "server" and os.environ.get("MINI_DISTILL_API_KEY"):
-        raise ConfigError("teacher.url", f"{file} asks to show the key in MINI_DISTILL_API_KEY to {teacher.get('url')}", remedy)
 
 
 def report(error: MiniDistillError) -> int:

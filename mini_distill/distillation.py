@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import Config
@@ -42,7 +42,7 @@ from .teachers.targets import Teacher
 from .training.checkpoint import Checkpoints, load_optimizer, load_weights, optimizer_to_tensors
 from .training.fingerprints import compare_fingerprints
 from .training.objective import add_matching, build_objective, divergences_in_use, warn_of_growing_gradients
-from .training.optimizer import build_optimizer
+from .training.optimizer import build_optimizer, learning_rate, set_learning_rate
 from .training.progress import TrainingProgress
 from .training.run_folder import RunFolder
 from .training.signals import StopRequest
@@ -69,6 +69,7 @@ class Distillation:
         objective: The loss.
         optimizer: AdamW over the student's parameters.
         evaluator: Measures the student over held-out text; None without any.
+        stop: Whether this process was asked to stop.
         checkpoints: What has been saved.
         tracker: Where metrics go besides metrics.jsonl.
         fingerprints: What may not change between a run and its resumption.
@@ -89,6 +90,7 @@ class Distillation:
     objective: Objective
     optimizer: torch.optim.AdamW
     evaluator: Evaluator | None
+    stop: StopRequest
     checkpoints: Checkpoints
     tracker: Tracker
     fingerprints: dict[str, Any]
@@ -101,7 +103,7 @@ class Distillation:
         return self.language_model.model
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """The student's metrics over held-out text; empty without any."""
+        """The student's metrics over held-out text; empty without any, and where a signal cuts it short."""
         return self.evaluator(self.student_model, step) if self.evaluator is not None else {}
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -113,13 +115,12 @@ class Distillation:
         """The live line of the training loop."""
         return TrainingProgress(self.config.trainer.max_steps, last_step + 1, self.accelerator.is_main_process)
 
-    def agree_on(self, count: Tensor, flag: bool) -> tuple[Tensor, bool]:
-        """The sum of `count` over processes , and whether any process raised `flag`. One exchange for both."""
+    def on_any_process(self, flag: bool) -> bool:
+        """Whether `flag` is raised anywhere, the same answer on all processes."""
         if self.accelerator.num_processes == 1:
-            return count, flag
-        both = torch.stack([count.double(), torch.tensor(float(flag), dtype=torch.float64, device=count.device)])
-        total = self.accelerator.reduce(both, "sum")
-        return total[0], bool(total[1].item() > 0)
+            return flag
+        raised = torch.tensor([float(flag)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(raised, "sum").item())
 
     # -------------------------------------------------------------------------------------------------- saving and going on
 
@@ -159,6 +160,33 @@ class Distillation:
             self.run.set_step(step)
         self.accelerator.wait_for_everyone()
 
+    def stop_if_asked(self, step: int, is_saved: bool) -> None:
+        """End the run after `step`, which is saved first, if any process was asked to stop.
+
+        Raises:
+            Preempted: on all of them.
+        """
+        if self.on_any_process(self.stop.requested):
+            if not is_saved:
+                self.save(step)
+            raise self.stop.preempted(step)
+
+    def lacks_evaluation(self, step: int) -> bool:
+        """Whether there is held-out text, and no evaluation of `step` in the metrics: a signal has cut it short."""
+        is_main = self.accelerator.is_main_process
+        return self.on_any_process(is_main and self.evaluator is not None and "eval/tokens" not in self._logged(step))
+
+    def catch_up(self, step: int) -> None:
+        """Evaluate the step from which the run sets out; the metrics, and the choice of the best, are as if it had not been stopped there."""
+        metrics = self.evaluate(step)
+        self.log(step, self._logged(step) | metrics)  # one row
+        if step > 0 and self.note_if_best(step, metrics):
+            self.save(step)
+
+    def _logged(self, step: int) -> dict[str, float]:
+        rows = [row for row in self.run.metrics() if row["step"] == step]
+        return {key: value for row in rows for key, value in row.items() if key != "step"}
+
     def resume(self) -> int:
         """Load the newest good checkpoint, if there is one, and give its step; 0 for a new run.
 
@@ -179,6 +207,7 @@ class Distillation:
             self.run.check_metrics(checkpoint.step, checkpoint.state["metrics"], allowed="metrics" in allow)
         load_weights(self.language_model, checkpoint.tensors("model"))
         load_optimizer(self.optimizer, self.language_model, checkpoint.tensors("optimizer"), checkpoint.state["optimizer"])
+        set_learning_rate(self.optimizer, learning_rate(checkpoint.step, self.config.trainer))  # as the step left it
         self.best, self.tokens_seen = checkpoint.state["best"], checkpoint.state["tokens_seen"]
         self.run.truncate_metrics(checkpoint.step)
         self.checkpoints.rewind(checkpoint.step)  # with resume=<folder> there may be later ones, of a way not taken
@@ -203,15 +232,15 @@ class Distillation:
 
 
 @contextmanager
-def open_run(config: Config) -> Iterator[tuple[RunFolder, StopRequest, Tracker]]:
-    """The run's folder, locked, the handler of SIGTERM and Ctrl-C, and the tracker; all closed again however the run ends."""
+def open_run(config: Config) -> Iterator[tuple[RunFolder, Tracker]]:
+    """The run's folder, locked, and the tracker; both closed again however the run ends."""
     assert config.output_dir is not None
     plain, is_main = dataclasses.asdict(config), int(os.environ.get("RANK", "0")) == 0
-    with StopRequest() as stop, RunFolder(config.output_dir, plain, resume=config.resume, is_main=is_main) as run:
+    with RunFolder(config.output_dir, plain, resume=config.resume, is_main=is_main) as run:
         tracker = open_tracker(config.tracking, run.path, plain, is_main)
         try:
             with naming_the_process():
-                yield run, stop, tracker
+                yield run, tracker
         finally:
             tracker.close()
 
@@ -249,7 +278,7 @@ def _is_of_the_compiler(error: Exception) -> bool:
     return known is not None and isinstance(error, known.TorchDynamoException)
 
 
-def prepare(config: Config, run: RunFolder, tracker: Tracker) -> Distillation:
+def prepare(config: Config, run: RunFolder, tracker: Tracker, stop: StopRequest) -> Distillation:
     """Load, build and check everything, the cheap things first."""
     accelerator = start_processes(config.trainer.precision, config.trainer.num_threads)
     objective = build_objective(config.objective, config.trainer, on_gpu=accelerator.device.type == "cuda")
@@ -284,7 +313,7 @@ def prepare(config: Config, run: RunFolder, tracker: Tracker) -> Distillation:
     checkpoints = Checkpoints(run.path / "checkpoints", keep=trainer.keep_checkpoints)
     if accelerator.is_main_process:
         checkpoints.check_space(language_model)
-    evaluator = build_evaluator(config, accelerator, data, teacher_model, held_out_teacher, tokenizer, run.path)
+    evaluator = build_evaluator(config, accelerator, data, teacher_model, held_out_teacher, tokenizer, run.path, stop)
     return Distillation(
         config=config,
         run=run,
@@ -308,6 +337,7 @@ def prepare(config: Config, run: RunFolder, tracker: Tracker) -> Distillation:
         objective=objective,
         optimizer=build_optimizer(language_model, trainer),
         evaluator=evaluator,
+        stop=stop,
         checkpoints=checkpoints,
         tracker=tracker,
         fingerprints={
@@ -439,6 +469,7 @@ def build_evaluator(
     cached: CachedTeacher | ServerTeacher | None,
     tokenizer: PreTrainedTokenizerBase,
     output_dir: Path,
+    stop: StopRequest,
 ) -> Evaluator | None:
     """The evaluation hooks over held-out text; None when none is held out."""
     held_out = data.held_out
@@ -463,4 +494,5 @@ def build_evaluator(
         gather_sum=lambda value: accelerator.reduce(value, "sum"),
         show_progress=accelerator.is_main_process,
         output_dir=output_dir,
+        stop=lambda: stop.requested,
     )

@@ -59,7 +59,7 @@ def check_cache_command(command: CacheCommand) -> list[Problem]:
 
 def check_evaluate_command(command: EvaluateCommand) -> list[Problem]:
     """The same for `python -m mini_distill.evaluate`."""
-    problems = [*_check_server(command.teacher), *check_data(command.data, "data")]
+    problems = [*_check_server(command.teacher), *check_data(command.data, "data", to_measure=True)]
     if command.teacher.kind != "none":
         problems += _check_model("teacher", command.teacher)
     if command.model is None:
@@ -217,13 +217,14 @@ def _check_model(where: str, part: TeacherConfig | StudentConfig) -> Iterator[Pr
 
 
 def check_local_path(where: str, path: str, is_local: bool = False) -> Iterator[Problem]:
-    """A path that is, or can only be, meant locally must exist; `org/name` may be a hub id."""
+    """A path that is, or can only be, meant locally must exist; `org/name` may be a hub id, unless there is a folder `org` here."""
+    parent = Path(os.path.expanduser(path)).parent
     is_local = is_local or path.startswith((".", "/", "~")) or path.count("/") > 1
-    if is_local and not _exists(path):
-        parent = Path(os.path.expanduser(path)).parent
+    if (is_local or ("/" in path and os.path.isdir(parent))) and not _exists(path):
         found = sorted(os.listdir(parent)) if os.path.isdir(parent) and os.access(parent, os.R_OK) else []
         near = get_close_matches(Path(path).name, found, n=1, cutoff=0.7)
-        yield Problem(where, f"no such file or folder (got {shown(path)})", f"Did you mean '{parent / near[0]}'?" if near else "")
+        remedy = f"There is a folder '{parent}' here, so it is not looked for on the hub." if not is_local else ""
+        yield Problem(where, f"no such file or folder (got {shown(path)})", f"Did you mean '{parent / near[0]}'?" if near else remedy)
 
 
 def _exists(path: str) -> bool:
@@ -258,15 +259,17 @@ def _check_heads(student: StudentConfig) -> Iterator[Problem]:
         yield Problem("student.num_kv_heads", f"got {kv_heads}, expected a divisor of student.num_heads={heads}")
 
 
-def check_data(data: DataConfig, where: str) -> Iterator[Problem]:
-    """The data group alone; `where` is its path, so that parts of a mixture are named."""
+def check_data(data: DataConfig, where: str, to_measure: bool = False) -> Iterator[Problem]:
+    """The data group alone; `where` is its path, so that parts of a mixture are named. `to_measure`: nobody trains on it."""
     yield from _check_belonging(data, where)
+    if data.eval_fraction == 1 and not to_measure:
+        yield Problem(f"{where}.eval_fraction", "got 1.0, expected below 1: nothing would be left to train on")
     if data.source == "mixture":
-        yield from _check_mixture(data, where)
+        yield from _check_mixture(data, where, to_measure)
         return
     if data.mixture:
         yield Problem(f"{where}.mixture", f"given, and {where}.source is {data.source}", "Choose data=mixture.")
-    if data.source in ("text", "jsonl", "hub") and data.path is None:
+    if data.source in ("text", "jsonl", "hub") and data.path is None and not (to_measure and data.eval_path):
         what = "a data set id" if data.source == "hub" else "a file, folder or glob"
         yield Problem(f"{where}.path", f"missing for source {data.source}", f"Give {what}.")
     if data.source in ("text", "jsonl"):
@@ -314,7 +317,7 @@ def _check_belonging(data: DataConfig, where: str) -> Iterator[Problem]:
             yield Problem(f"{where}.{name}", f"given, and {where}.source is {data.source}", remedy)
 
 
-def _check_mixture(data: DataConfig, where: str) -> Iterator[Problem]:
+def _check_mixture(data: DataConfig, where: str, to_measure: bool) -> Iterator[Problem]:
     if not data.mixture:
         yield Problem(f"{where}.mixture", "empty for source mixture", "Give name: {source: …, weight: …} for each part.")
     fixed = ("seq_len", "packing", "cache_dir", "num_workers", "mixture")
@@ -338,7 +341,7 @@ def _check_mixture(data: DataConfig, where: str) -> Iterator[Problem]:
             for p in error.problems:
                 yield Problem(part_path + p.where.removeprefix("data"), p.what, p.remedy.replace("'data.", f"'{part_path}."))
         else:
-            yield from check_data(part, part_path)
+            yield from check_data(part, part_path, to_measure)
 
 
 def _check_objective(config: Config) -> Iterator[Problem]:

@@ -135,6 +135,28 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
             _put_in_place(temporary, path)
 
 
+def replace_in_folder(path: Path | str, name: str, text: str) -> None:
+    """Write `text` to the file `name` of a folder made by `atomic_folder`, which is whole with the old text and with the new one.
+
+    The other files are not copied where the file system knows hard links.
+
+    Raises:
+        StorageError: the disk is full, read-only, …; the folder is then untouched.
+    """
+    path = Path(path)
+    with atomic_folder(path) as temporary:
+        leave_out = shutil.ignore_patterns(MANIFEST, name)
+        shutil.copytree(path, temporary, symlinks=True, ignore=leave_out, copy_function=_link_or_copy, dirs_exist_ok=True)
+        (temporary / name).write_text(text, encoding="utf-8", newline="\n")
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
 def remove_folder(path: Path | str) -> None:
     """Delete a folder so that it disappears from its name at once: a deletion cut short leaves no half of it there.
 

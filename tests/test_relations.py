@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from mini_distill.config import EvaluateCommand
 from mini_distill.contract import build_config
 from mini_distill.errors import ConfigError
 
@@ -194,6 +195,29 @@ def test_contradictions_of_several_groups_are_reported_together() -> None:
     with pytest.raises(ConfigError) as raised:
         build_config(settings)
     assert {p.where for p in raised.value.problems} == {"teacher.path", "data.path", "trainer.warmup_steps", "objective.divergence"}
+
+
+def test_a_path_below_a_folder_is_not_looked_for_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`model=runs/nope` has the form of a hub id: the hub was asked for it, for a minute."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "stories1").mkdir(parents=True)
+    for settings in ({"teacher": {"kind": "hf", "path": "runs/nope"}}, {"student": {"kind": "hf", "path": "runs/nope"}}):
+        with pytest.raises(ConfigError, match=r"path: no such file or folder \(got 'runs/nope'\)\. There is a folder 'runs' here"):
+            build_config(settings)
+    with pytest.raises(ConfigError, match=r"model: no such file or folder \(got 'runs/stories2'\)\. Did you mean 'runs/stories1'\?"):
+        build_config({"model": "runs/stories2"}, EvaluateCommand)
+    build_config({"model": "another/name"}, EvaluateCommand)
+
+
+def test_all_rows_are_held_out_where_nobody_trains_on_them(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.eval_fraction: got 1\.0, expected below 1: nothing would be left to train on"):
+        build_config({"data": {"eval_fraction": 1.0}})
+    rows = str(tmp_path / "rows.jsonl")
+    Path(rows).touch()
+    for data in ({"eval_fraction": 1.0}, {"source": "jsonl", "eval_path": rows}, {"source": "jsonl", "path": rows, "eval_fraction": 1.0}):
+        build_config({"model": "some/model", "data": data}, EvaluateCommand)
+    with pytest.raises(ConfigError, match=r"data\.path: missing for source jsonl"):
+        build_config({"data": {"source": "jsonl", "eval_path": rows}})
 
 
 def test_a_misspelt_path_names_the_near_one(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from mini_distill.storage import (
     make_readable,
     remove_folder,
     remove_stale_temporaries,
+    replace_in_folder,
     storage_errors,
     verify_folder,
 )
@@ -197,6 +198,22 @@ def test_an_io_error_wrapped_by_a_rust_library_is_a_storage_error(tmp_path: Path
         raise Exception("Error while serializing: I/O error: No space left on device (os error 28)")
     with pytest.raises(ZeroDivisionError), storage_errors(tmp_path, "write"):
         _ = 1 / 0
+
+
+def test_a_file_is_replaced_in_a_folder_that_stays_whole(tmp_path: Path) -> None:
+    build(tmp_path / "folder")
+    other = (tmp_path / "folder" / "inner" / "b.txt").stat().st_ino
+    replace_in_folder(tmp_path / "folder", "a.txt", "newer é\n")
+    assert content(tmp_path / "folder") == "newer é\n" and not verify_folder(tmp_path / "folder")
+    assert (tmp_path / "folder" / "inner" / "b.txt").stat().st_ino == other  # not copied
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_without_hard_links_the_other_files_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(tmp_path / "folder")
+    monkeypatch.setattr(os, "link", _raiser(errno.EPERM))
+    replace_in_folder(tmp_path / "folder", "a.txt", "newer")
+    assert content(tmp_path / "folder") == "newer" and not verify_folder(tmp_path / "folder")
 
 
 def test_a_removed_folder_disappears_from_its_name_at_once(tmp_path: Path) -> None:

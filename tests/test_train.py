@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from mini_distill.cli import load_config
 from mini_distill.errors import ConfigError, ModelError, NumericsError, StorageError
+from mini_distill.training.signals import StopRequest
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -132,9 +133,9 @@ def test_no_gradient_reaches_the_teacher_and_training_leaves_it_as_it_was(
     tiny_command: list[str], tmp_path: Path, tiny_teacher: Path
 ) -> None:
     config = load_config([*tiny_command, f"output_dir={tmp_path / 'run'}"])
-    with train_module.open_run(config) as (folder, stop, tracker):
-        d = train_module.prepare(config, folder, tracker)
-        train_module.training_loop(d, 0, stop)
+    with StopRequest() as stop, train_module.open_run(config) as (folder, tracker):
+        d = train_module.prepare(config, folder, tracker, stop)
+        train_module.training_loop(d, 0)
     assert d.teacher is not None
     original = AutoModelForCausalLM.from_pretrained(tiny_teacher).state_dict()
     assert all(p.grad is None and not p.requires_grad for p in d.teacher.model.parameters())
@@ -176,17 +177,17 @@ def test_row_at_fault_is_the_one_that_is_named(tiny_command: list[str], tmp_path
 
     monkeypatch.setattr(train_module, "distill_step", poisoned)
     config = load_config([*tiny_command, f"output_dir={tmp_path / 'run'}", "data.packing=false", "trainer.max_steps=20"])
-    with pytest.raises(NumericsError) as caught, train_module.open_run(config) as (folder, stop, tracker):
-        d = train_module.prepare(config, folder, tracker)
+    with pytest.raises(NumericsError) as caught, StopRequest() as stop, train_module.open_run(config) as (folder, tracker):
+        d = train_module.prepare(config, folder, tracker, stop)
         origins += d.data.train.origins(5)
-        train_module.training_loop(d, 0, stop)
+        train_module.training_loop(d, 0)
     assert f"(rows {origins[0]})" in str(caught.value)
 
 
 def test_weights_stay_when_the_gradient_is_not_finite(tiny_command: list[str], tmp_path: Path) -> None:
     config = load_config([*tiny_command, f"output_dir={tmp_path / 'run'}"])
-    with train_module.open_run(config) as (folder, _, tracker):
-        d = train_module.prepare(config, folder, tracker)
+    with StopRequest() as stop, train_module.open_run(config) as (folder, tracker):
+        d = train_module.prepare(config, folder, tracker, stop)
         before = {name: p.detach().clone() for name, p in d.language_model.named_parameters()}
         next(d.language_model.parameters()).register_hook(lambda gradient: gradient * float("inf"))
         with pytest.raises(NumericsError, match="gradient norm not finite"):
@@ -196,12 +197,12 @@ def test_weights_stay_when_the_gradient_is_not_finite(tiny_command: list[str], t
 
 def test_step_with_nothing_supervised_gives_exactly_zero(tiny_command: list[str], tmp_path: Path) -> None:
     config = load_config([*tiny_command, f"output_dir={tmp_path / 'run'}", "trainer.weight_decay=0"])
-    with train_module.open_run(config) as (folder, _, tracker):
-        d = train_module.prepare(config, folder, tracker)
+    with StopRequest() as stop, train_module.open_run(config) as (folder, tracker):
+        d = train_module.prepare(config, folder, tracker, stop)
         before = {name: p.detach().clone() for name, p in d.language_model.named_parameters()}
         (batch,) = next(d.batches.steps())
         batch.labels.fill_(-100)
-        metrics, _ = train_module.optimizer_step(d, [batch], 1)
+        metrics = train_module.optimizer_step(d, [batch], 1)
     assert metrics["train/loss"] == 0 and metrics["train/grad_norm"] == 0
     assert all(torch.equal(p, before[name]) for name, p in d.language_model.named_parameters())
 

@@ -107,7 +107,7 @@ def text_of(key: str, value: float) -> str:
     for endings, text in BY_ENDING:
         if key.endswith(endings):
             return text(value)
-    if key.startswith(("task/", "text/")) and 0 <= value <= 1 and not key.endswith("_words"):
+    if key.startswith(("task/", "text/")) and 0 <= value <= 1 and not key.endswith("_tokens"):
         return percent(value)
     return signed_free(value)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..comparable import what_differs
 from ..errors import ConfigError, StorageError
 from ..redaction import redact
 from ..written import read_object, read_rows, read_settings, remedy_for
@@ -27,7 +29,8 @@ class Measured:
         summary: Every final number; null where one was not finite. Empty while a run is not finished.
         rows: What was logged, by step.
         details: `reliability`, `slices`, `differences`, `samples`, as far as they are there.
-        evaluation: What was taken from the `evaluation` folder of a run, in words, or "".
+        evaluation: What was taken from the `evaluation` folder of a run and what was not, in words, or "".
+        is_evaluated: Whether anything was.
     """
 
     path: Path
@@ -37,6 +40,7 @@ class Measured:
     rows: list[dict[str, Any]] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
     evaluation: str = ""
+    is_evaluated: bool = False
 
     @property
     def name(self) -> str:
@@ -111,17 +115,39 @@ def check_something_is_measured(found: Measured) -> None:
 
 
 def _with_evaluation(run: Measured) -> Measured:
-    """A run with the further figures of its `evaluation` folder, unless that is older than the run's own."""
+    """A run with the further figures of its `evaluation` folder, unless that is older than the run's own or of something else.
+
+    Figures on held-out text belong to those of the run where they are over as many tokens; what depends on no text always does.
+    """
     folder = run.path / "evaluation"
     if not run.summary or not (folder / "summary.json").is_file():
         return run
+    summary, details = read_object(folder / "summary.json"), _details(folder / "details.json")
+    if reason := _why_not(run, folder):
+        note = f"evaluation/ {reason} and is left out. Its own page: python -m mini_distill.report {shlex.quote(str(folder))}"
+        return replace(run, evaluation=note)
+    further = {key: value for key, value in summary.items() if not key.startswith(FROM_TRAINING)}
+    tokens = [finite(figures.get("eval/tokens")) for figures in (run.summary, summary)]
+    if tokens[0] == tokens[1]:
+        further |= {key: value for key, value in summary.items() if key not in run.summary}
+        note = "Speed, tasks, slices, calibration, differences and samples are those of evaluation/."
+    else:
+        details = {name: value for name, value in details.items() if name in ("tasks", "samples")}
+        its_own, of_it = ("no" if size is None else f"{size:,.0f}" for size in tokens)
+        note = "Speed, tasks and samples are those of evaluation/. "
+        note += f"On held-out text it measured {of_it} tokens and the run {its_own}: figures there are the run's alone."
+    return replace(run, summary=run.summary | further, details=run.details | details, evaluation=note, is_evaluated=True)
+
+
+def _why_not(run: Measured, folder: Path) -> str:
+    """Why an evaluation is none of this run as it stands; "" where it is one."""
     if (folder / "summary.json").stat().st_mtime < (run.path / "summary.json").stat().st_mtime:
-        return Measured(**vars(run) | {"evaluation": "evaluation/ is older than the run's own figures and is left out."})
-    further = {key: value for key, value in read_object(folder / "summary.json").items() if not key.startswith(FROM_TRAINING)}
-    further |= {key: value for key, value in read_object(folder / "summary.json").items() if key not in run.summary}
-    note = "Speed, tasks, slices, calibration, differences and samples are those of evaluation/."
-    summary, details = run.summary | further, run.details | _details(folder / "details.json")
-    return Measured(**vars(run) | {"summary": summary, "details": details, "evaluation": note})
+        return "is older than the run's own figures"
+    settings = _settings(folder / "config.yaml")
+    if not settings:
+        return "does not say what it was measured on"
+    differs = what_differs(run.config, settings)
+    return f"was measured otherwise ({differs})" if differs else ""
 
 
 # --------------------------------------------------------------------------------------------------------------------------- files

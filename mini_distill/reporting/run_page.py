@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..compare import has_teacher_signal, objective_text
-from ..evaluation.table import count, percent
+from ..evaluation.table import FROM_HALF, count, percent
 from .charts import Chart, Drawing, Series, draw, thinned
 from .figures import MODELS, Cell, Figure, Table, count_text, factor, figure, percent_whole, ratio, signed_free, text_of, times
 from .measured import Measured, finite
@@ -192,13 +192,34 @@ def tasks(found: Measured) -> Table | None:
     """What the models got on each task and each group of it: `task/<name>/<model>`, `task/<name>/<group>/<model>`."""
     names = sorted({key.rpartition("/")[0] for key in found.summary if key.startswith("task/") and key.rpartition("/")[2] in MODELS})
     about = _about_tasks(found)
+    has_distances = any(key.endswith(FROM_HALF) for key in found.summary)
     rows: list[list[Cell]] = []
     for name in names:
         teacher, student = (_with_error(found, f"{name}/{model}") for model in MODELS)
         kind, items = about.get(name, ("", None))
         label = f"{name.removeprefix('task/').replace('/', ' / ')}{f' ({kind})' if kind else ''}"
-        rows.append([label, figure(found, f"{name}/items") or items, teacher, student, _difference(name, teacher, student)])
-    return Table("± is the standard error over items", ["task", "items", *MODELS, "difference"], rows) if rows else None
+        distances = [_distance(found, f"{name}/{model}") for model in MODELS] if has_distances else []
+        change = _approach(name, *distances) if any(distances) else _difference(name, teacher, student)
+        rows.append([label, figure(found, f"{name}/items") or items, teacher, student, *distances, change])
+    header = ["task", "items", *MODELS, *([f"{model} from 50 %" for model in MODELS] if has_distances else []), "difference"]
+    note = "± is the standard error over items"
+    note += "; of a stereotype score 50 % is no preference, and the distance from it counts" if has_distances else ""
+    return Table(note, header, rows) if rows else None
+
+
+def _distance(found: Measured, key: str) -> Figure | None:
+    """How far a stereotype score is from 50 %, ± the score's own standard error."""
+    shown, error = figure(found, f"{key}{FROM_HALF}"), figure(found, f"{key}_standard_error")
+    return replace(shown, spread=f"± {error.text.removesuffix(' %')}", keys=f"{shown.keys} {error.keys}") if shown and error else shown
+
+
+def _approach(name: str, teacher: Figure | None = None, student: Figure | None = None) -> Figure | None:
+    """How much nearer to no preference the student is than its teacher."""
+    if teacher is None or student is None or teacher.value is None or student.value is None:
+        return None
+    shift = student.value - teacher.value
+    text = f"{100 * abs(shift):.1f} points {'further from' if shift > 0 else 'nearer to'} 50 %"
+    return Figure(text, f"{name}/student{FROM_HALF} {name}/teacher{FROM_HALF}", shift)
 
 
 def _difference(name: str, teacher: Figure | None, student: Figure | None) -> Figure | None:

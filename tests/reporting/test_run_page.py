@@ -85,6 +85,27 @@ def test_tasks_have_both_models_their_difference_and_their_standard_error(tmp_pa
     assert (items.text, teacher.text, student.text, student.spread, difference.text) == ("100", "85.0 %", "75.0 %", "± 4.3", "−10.0 points")
 
 
+def test_stereotype_scores_have_their_distance_from_no_preference(tmp_path: Path) -> None:
+    """The student's 55 % stood `+24 points` from its teacher's 31 %, and is the nearer one to 50 %."""
+    crows = {
+        "task/crows/age/teacher": 0.31,
+        "task/crows/age/teacher_from_half": 0.19,
+        "task/crows/age/student": 0.55,
+        "task/crows/age/student_standard_error": 0.022,
+        "task/crows/age/student_from_half": 0.05,
+    }
+    run = write_run(tmp_path / "run", summary=summary(3.5, 8) | crows)
+    table = tasks(open_measured(run))
+    assert table is not None
+    assert list(table.header[2:]) == ["teacher", "student", "teacher from 50 %", "student from 50 %", "difference"]
+    cells = next(row for row in table.rows if row[0] == "crows / age")
+    texts = [f"{cell.text} {cell.spread}".strip() if isinstance(cell, Figure) else cell for cell in cells[2:]]
+    assert texts == ["31.0 %", "55.0 % ± 2.2", "19.0 %", "5.0 % ± 2.2", "14.0 points nearer to 50 %"]
+    blimp = next(row for row in table.rows if row[0] == "blimp (accuracy)")
+    assert blimp[4:6] == [None, None] and isinstance(blimp[6], Figure) and blimp[6].text == "−10.0 points"
+    assert "task/crows/age/student_from_half" not in report([run]).read_text(encoding="utf-8").partition("All other figures")[2]
+
+
 def test_the_figures_are_those_of_the_table_at_the_end_of_a_run(tmp_path: Path) -> None:
     table = figures_table(open_measured(write_run(tmp_path / "run")))
     assert table is not None and list(table.header) == ["", "teacher", "student before", "control", "student after"]
