@@ -1,4 +1,4 @@
-"""The settings with which a run's student is measured or used: its teacher and data, unless the command line says otherwise."""
+"""The settings of a verb that is about a run: its student, teacher and data, unless the command line says otherwise."""
 
 from __future__ import annotations
 
@@ -24,11 +24,14 @@ logger = logging.getLogger(__name__)
 
 
 def with_settings_of_run(composed: DictConfig, overrides: Sequence[str], results: str) -> DictConfig:
-    """Where `model` is the folder of a run: its student, its teacher and data, and its way of measuring.
+    """Where `model` is the folder of a run: its student, its teacher and data, and, for a verb that measures, its way of measuring.
 
     What the command line says goes first: `data=…` and `teacher=…` replace the run's whole group, `data.seq_len=…` one setting of it.
 
-    With the run's own teacher and data what comes out goes into the folder `results` of the run, if no other is given.
+    Args:
+        composed: The settings of the verb.
+        overrides: Its command line.
+        results: The folder within the run for what comes out.
 
     Raises:
         ConfigError: the run has no student yet, or wants to be trusted.
@@ -39,7 +42,7 @@ def with_settings_of_run(composed: DictConfig, overrides: Sequence[str], results
     if not (run / "student" / "config.json").is_file():
         raise ConfigError("model", f"the run '{run}' has no student yet", "Run its command again to finish it.")
     if (state := read_object(run / "status.json").get("state", "finished")) != "finished":
-        logger.warning("%s: its status is '%s', so what is measured is the student of an earlier end of the run", run, state)
+        logger.warning("%s: its status is '%s', so this is about the student of an earlier end of the run", run, state)
     of_run = _groups_of(run / "config.yaml")
     given = {text.lstrip("+~").partition("=")[0] for text in overrides}
     for group in {"teacher", "data"} - given:

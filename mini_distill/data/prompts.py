@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import DataConfig
 from ..imported_code import code_fingerprint
-from .chat import conversation, to_answer
+from .chat import to_answer
 from .held_out import TRAIN, split_rows
 from .prepare import HARMLESS
 from .render import Renderer
@@ -99,7 +99,7 @@ class Prompts:
         columns = prompt.row.columns
         if self.renderer.chat is not None:
             name, tools = str(self.config.messages_column), self.config.tools_column
-            asked = to_answer(prompt.row, conversation(prompt.row, name))
+            asked = to_answer(prompt.row, self.renderer.chat.conversation(prompt.row))
             answer = {"role": "assistant", "content": self.text(completion)}
             return {name: [*asked, answer]} | ({tools: columns[tools]} if tools in columns else {})
         if self.renderer.has_prompt:
