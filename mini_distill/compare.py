@@ -8,6 +8,11 @@ Runs that differ in nothing but the seed are one row; each is compared with the 
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from mini_distill.starting import answer_signals
+
+    answer_signals()
+
 import argparse
 import dataclasses
 import json

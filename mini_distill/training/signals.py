@@ -1,9 +1,11 @@
-"""SIGTERM and Ctrl-C: finish the step, save, and only then stop."""
+"""SIGTERM, SIGHUP and Ctrl-C: finish the step, save, and only then stop."""
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import termios
 import threading
 import time
 from types import FrameType
@@ -14,8 +16,26 @@ from ..errors import Preempted
 SAME_PRESS = 0.3  # seconds; a terminal and torchrun both pass on one Ctrl-C
 
 
+def to_answer() -> list[signal.Signals]:
+    """SIGTERM, Ctrl-C, and SIGHUP, which a terminal sends that is closed, unless it is ignored as by nohup."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *([] if ignored else [signal.SIGHUP])]
+
+
+def leave_closed_terminal() -> None:
+    """Let what is printed go nowhere from now on, where it went to a terminal that is gone: it would be an error in the midst of saving."""
+    for descriptor in (1, 2):
+        try:
+            termios.tcgetattr(descriptor)
+        except termios.error as error:  # ENOTTY for a file or a pipe
+            if error.args[0] == errno.EIO:
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)
+
+
 class StopRequest:
-    """`with StopRequest() as stop: …` turns SIGTERM and Ctrl-C into `stop.requested`, to be looked at between steps.
+    """`with StopRequest() as stop: …` turns SIGTERM, SIGHUP and Ctrl-C into `stop.requested`, to be looked at between steps.
 
     A second Ctrl-C stops at once with KeyboardInterrupt. The handlers that were there are put back on leaving. Outside the main
     thread, where Python allows no handlers, nothing is installed and nothing is ever requested.
@@ -34,13 +54,15 @@ class StopRequest:
 
     @property
     def signal_name(self) -> str | None:
-        """SIGTERM or SIGINT; None as long as none has come."""
+        """SIGTERM, SIGHUP or SIGINT; None as long as none has come."""
         return self._signal.name if self._signal is not None else None
 
     @property
     def exit_code(self) -> int | None:
-        """143 for SIGTERM, 130 for Ctrl-C; None as long as none has come."""
-        return 128 + self._signal if self._signal is not None else None
+        """143 for SIGTERM and SIGHUP, 130 for Ctrl-C; None as long as none has come."""
+        if self._signal is None:
+            return None
+        return 130 if self._signal == signal.SIGINT else 143
 
     def preempted(self, step: int) -> Preempted:
         """The exception that ends a run which has saved `step`. Where another process got the signal, SIGTERM is assumed."""
@@ -49,7 +71,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._old = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+            self._old = {number: signal.signal(number, self._handle) for number in to_answer()}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -61,6 +83,8 @@ class StopRequest:
             self._handle_in_worker(number)
             return
         now = time.monotonic()
+        if number == signal.SIGHUP:
+            leave_closed_terminal()
         if self._signal is None:
             self._signal, self._since = signal.Signals(number), now
             self._tell()
@@ -68,8 +92,8 @@ class StopRequest:
             raise KeyboardInterrupt
 
     def _handle_in_worker(self, number: int) -> None:
-        """A forked data worker: Ctrl-C is the main process's affair, SIGTERM ends it."""
-        if number == signal.SIGTERM:
+        """A forked data worker: Ctrl-C is the main process's affair, SIGTERM and SIGHUP end it."""
+        if number != signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
