@@ -10,6 +10,10 @@ python -m mini_distill.train teacher.cache_kind=hidden …             build it,
 from __future__ import annotations
 
 if __name__ == "__main__":
+    from mini_distill.starting import answer_signals
+
+    answer_signals()
+
     import sys
 
     from mini_distill.cli import run_command

@@ -22,6 +22,7 @@ from .out_of_memory import is_out_of_memory, out_of_memory
 from .overrides import fixed_keys, missing_preset, prepare_overrides, run_name
 from .redaction import print_traceback
 from .run_to_measure import with_settings_of_run
+from .starting import begin_work
 from .targets import cache_command, default_folder
 from .training.signals import Terminated, sigterm_as_interrupt
 from .written import read_object
@@ -94,10 +95,13 @@ def run_job(task: str, composed: DictConfig, schema: type = Config, folders: Seq
     """One job of a command line or of a sweep: its exit code. Our own bugs are 1, with their traceback."""
     try:
         if task == TRAIN and (sweep := _sweep_folder()) is not None:
+            begin_work()
             return _run_job_of_sweep(sweep, composed, folders)
         config = _checked(composed, _job_overrides, schema)
-        module, function = task.split(":")
-        getattr(importlib.import_module(module), function)(config)
+        module, name = task.split(":")
+        function = getattr(importlib.import_module(module), name)
+        begin_work()
+        function(config)
         return 0
     except MiniDistillError as error:
         if composed.get("debug") is True:

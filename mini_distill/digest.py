@@ -5,6 +5,11 @@ python -m mini_distill.digest <run folder>
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from mini_distill.starting import answer_signals
+
+    answer_signals()
+
 import argparse
 import hashlib
 import json

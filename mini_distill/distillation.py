@@ -156,7 +156,7 @@ class Distillation:
                     "optimizer": optimizer_state,
                     "best": self.best,
                     "tokens_seen": self.tokens_seen,
-                    "metrics": self.run.seal_metrics(),
+                    "metrics": self.run.seal_metrics(step),
                     "fingerprints": self.fingerprints,
                 },
                 best=self.best.get("step") == step,

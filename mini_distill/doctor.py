@@ -6,6 +6,10 @@ python -m mini_distill.doctor teacher=… student=… data=…          the sett
 from __future__ import annotations
 
 if __name__ == "__main__":
+    from mini_distill.starting import answer_signals
+
+    answer_signals()
+
     from mini_distill.cli import run_command
 
     run_command("mini_distill.doctor:doctor")

@@ -7,6 +7,11 @@ python -m mini_distill.report multirun/<sweep> --metric eval/forward_kl   ranked
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from mini_distill.starting import answer_signals
+
+    answer_signals()
+
 import argparse
 import sys
 from collections.abc import Sequence

@@ -30,6 +30,7 @@ from .overrides import override
 from .redaction import redact
 from .storage import open_regular, read_regular, storage_errors
 from .training.run_folder import JOB_LOG
+from .training.signals import to_answer
 
 JOBS = "jobs.jsonl"
 STOPPED = (130, 143)
@@ -120,13 +121,13 @@ def _run(command: list[str], log: Path, environment: dict[str, str]) -> int:
 
 @contextmanager
 def _passing_on_signals(job: subprocess.Popen[bytes]) -> Iterator[None]:
-    """SIGTERM and Ctrl-C reach the job, which is in a session of its own so that it gets each once."""
+    """SIGTERM, SIGHUP and Ctrl-C reach the job, which is in a session of its own so that it gets each once."""
 
     def pass_on(number: int, frame: Any) -> None:
         job.send_signal(number)
 
     try:
-        before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, pass_on) for number in to_answer()}
     except ValueError:  # not the main thread of a launcher: it cannot be asked to stop
         yield
         return

@@ -10,6 +10,10 @@ train → training_loop → optimizer_step → distill_step → losses/objective
 from __future__ import annotations
 
 if __name__ == "__main__":  # --help and configuration errors are answered before torch is imported
+    from mini_distill.starting import answer_signals
+
+    answer_signals()
+
     from mini_distill.cli import run_command
 
     run_command("mini_distill.train:train")  # imports this module by its name, and does not return

@@ -80,9 +80,9 @@ def _as_it_is(sample: Any) -> Any:
 
 
 def _leave_signals_to_parent(_: int) -> None:
-    """Ctrl-C and a cluster's SIGTERM reach every process; the training process needs its workers to finish the step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Ctrl-C, a closed terminal and a cluster's SIGTERM reach every process; the training process needs its workers to finish the step."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _wait_for(batches: Any, sequences: Stream, awaited: deque[list[int]]) -> Batch:

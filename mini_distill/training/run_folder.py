@@ -10,7 +10,7 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -211,11 +211,11 @@ class RunFolder:
             lines = read_regular(file).split(b"\n")[:-1] if file.exists() else []
         return [_parse_row(file, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
 
-    def seal_metrics(self) -> dict[str, Any]:
-        """Make the rows so far durable, and give what a checkpoint keeps of them: how many there are, and their SHA-256."""
+    def seal_metrics(self, step: int) -> dict[str, Any]:
+        """Make the rows so far durable, and give what the checkpoint of `step` keeps of them: how many there are, and their SHA-256."""
         with storage_errors(self.path / "metrics.jsonl", "write"):
             os.fsync(self._metrics_file)
-        return self._written.plain()
+        return self._written.until(step)
 
     def check_metrics(self, step: int, sealed: Mapping[str, Any], allowed: bool = False) -> None:
         """See that metrics.jsonl still has the rows that were sealed when `step` was saved.
@@ -228,14 +228,15 @@ class RunFolder:
         Raises:
             StorageError: a row is missing, is another, or has been added.
         """
-        there = MetricsRecord()
+        record = MetricsRecord()
         for row in self.metrics():
             if row["step"] <= step:
-                there.add(row)
-        if there.plain() == sealed:
+                record.add(row)
+        there = record.until(step)
+        if there == sealed:
             return
-        what = f"{there.rows} rows up to step {step}, and the run had written {sealed['rows']}"
-        if there.rows == sealed["rows"]:
+        what = f"{there['rows']} rows up to step {step}, and the run had written {sealed['rows']}"
+        if there["rows"] == sealed["rows"]:
             what = f"not the rows up to step {step} that the run had written"
         if not allowed:
             remedy = "Bring back a copy of the file, or add resume_allow=[metrics] to go on with what is there."
@@ -280,25 +281,35 @@ class RunFolder:
 
 
 class MetricsRecord:
-    """What the rows of a metrics.jsonl are, row after row: how many, and their SHA-256. One without numbers does not count.
-
-    Attributes:
-        rows: How many.
-    """
+    """What the rows of a metrics.jsonl are, row after row: how many, and their SHA-256. One without numbers does not count."""
 
     def __init__(self) -> None:
-        self.rows = 0
-        self._digest = hashlib.sha256()
+        self._rows, self._digest = 0, hashlib.sha256()
+        self._last: list[Mapping[str, Any]] = []  # those of one step
 
     def add(self, row: Mapping[str, Any]) -> None:
         """The next row."""
-        if len(row) > 1:
-            self.rows += 1
-            self._digest.update(json.dumps(row).encode() + b"\n")
+        if self._last and self._last[0]["step"] != row["step"]:
+            self._rows += _digested(self._last, self._digest)
+            self._last = []
+        self._last.append(row)
 
-    def plain(self) -> dict[str, Any]:
-        """As JSON values."""
-        return {"rows": self.rows, "sha256": self._digest.hexdigest()}
+    def until(self, step: int) -> dict[str, Any]:
+        """As JSON values. Of `step` itself what was trained counts alone: an evaluation may be made, or made again, by the run that goes on."""
+        last = [_trained(row) if row["step"] == step else row for row in self._last]
+        digest = self._digest.copy()
+        return {"rows": self._rows + _digested(last, digest), "sha256": digest.hexdigest()}
+
+
+def _trained(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key == "step" or key.startswith("train/")}
+
+
+def _digested(rows: Sequence[Mapping[str, Any]], digest: Any) -> int:
+    """How many rows have been added to a digest."""
+    lines = [json.dumps(row).encode() + b"\n" for row in rows if len(row) > 1]
+    digest.update(b"".join(lines))
+    return len(lines)
 
 
 # ------------------------------------------------------------------------------------------------------------- what is in a folder

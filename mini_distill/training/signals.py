@@ -1,9 +1,11 @@
-"""SIGTERM and Ctrl-C: finish the step, save, and only then stop."""
+"""SIGTERM, SIGHUP and Ctrl-C: finish the step, save, and only then stop."""
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import termios
 import threading
 import time
 from collections.abc import Iterator
@@ -45,8 +47,26 @@ def _end_forked(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
+def to_answer() -> list[signal.Signals]:
+    """SIGTERM, Ctrl-C, and SIGHUP, which a terminal sends that is closed, unless it is ignored as by nohup."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGINT, *([] if ignored else [signal.SIGHUP])]
+
+
+def leave_closed_terminal() -> None:
+    """Let what is printed go nowhere from now on, where it went to a terminal that is gone: it would be an error in the midst of saving."""
+    for descriptor in (1, 2):
+        try:
+            termios.tcgetattr(descriptor)
+        except termios.error as error:  # ENOTTY for a file or a pipe
+            if error.args[0] == errno.EIO:
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)
+
+
 class StopRequest:
-    """`with StopRequest() as stop: …` turns SIGTERM and Ctrl-C into `stop.requested`, to be looked at between steps.
+    """`with StopRequest() as stop: …` turns SIGTERM, SIGHUP and Ctrl-C into `stop.requested`, to be looked at between steps.
 
     A second Ctrl-C stops at once with KeyboardInterrupt. The handlers that were there are put back on leaving. Where one stands within
     another, what was requested before or meanwhile is requested of both. Outside the main thread, where Python allows no handlers,
@@ -68,13 +88,15 @@ class StopRequest:
 
     @property
     def signal_name(self) -> str | None:
-        """SIGTERM or SIGINT; None as long as none has come."""
+        """SIGTERM, SIGHUP or SIGINT; None as long as none has come."""
         return self._signal.name if self._signal is not None else None
 
     @property
     def exit_code(self) -> int | None:
-        """143 for SIGTERM, 130 for Ctrl-C; None as long as none has come."""
-        return 128 + self._signal if self._signal is not None else None
+        """143 for SIGTERM and SIGHUP, 130 for Ctrl-C; None as long as none has come."""
+        if self._signal is None:
+            return None
+        return 130 if self._signal == signal.SIGINT else 143
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
@@ -106,7 +128,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._old = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+            self._old = {number: signal.signal(number, self._handle) for number in to_answer()}
             around = getattr(self._old[signal.SIGTERM], "__self__", None)
             if isinstance(around, StopRequest):
                 self._around, self._signal, self._since = around, around._signal, around._since
@@ -121,6 +143,8 @@ class StopRequest:
             self._handle_in_worker(number)
             return
         now = time.monotonic()
+        if number == signal.SIGHUP:
+            leave_closed_terminal()
         if self._signal is None:
             self._note(signal.Signals(number), now)
             if self._at_once:
@@ -135,8 +159,8 @@ class StopRequest:
             self._around._note(number, now)
 
     def _handle_in_worker(self, number: int) -> None:
-        """A forked data worker: Ctrl-C is the main process's affair, SIGTERM ends it."""
-        if number == signal.SIGTERM:
+        """A forked data worker: Ctrl-C is the main process's affair, SIGTERM and SIGHUP end it."""
+        if number != signal.SIGINT:
             _end_forked(number)
 
     def _tell(self) -> None:

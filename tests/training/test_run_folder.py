@@ -252,14 +252,17 @@ def test_what_a_checkpoint_keeps_of_the_rows_is_the_same_after_a_restart_and_a_r
         run.log_metrics(0, {})  # nothing was held out
         for step in range(1, 4):
             run.log_metrics(step, {"train/loss": 1 / 3 / step, "train/ce": float("nan")})
-        sealed = run.seal_metrics()
+        sealed = run.seal_metrics(3)
         run.log_metrics(4, {"train/loss": 0.1})
     with RunFolder(tmp_path, CONFIG) as run:
         run.check_metrics(3, sealed)
         run.truncate_metrics(3)
-        assert run.seal_metrics() == sealed and sealed["rows"] == 3
+        assert run.seal_metrics(3) == sealed and sealed["rows"] == 3
+        run.log_metrics(3, {"eval/ce": 0.5})  # which a signal had cut short
+        run.check_metrics(3, sealed)
+        assert run.seal_metrics(4) != sealed
         run.log_metrics(3, {"train/loss": 0.2})  # in place of what was there
-        assert run.seal_metrics() != sealed
+        assert run.seal_metrics(3) != sealed
         with pytest.raises(StorageError, match="not the rows up to step 3"):
             run.check_metrics(3, sealed)
 
@@ -271,7 +274,7 @@ def test_rows_are_durable_before_a_checkpoint_counts_on_them(tmp_path: Path, mon
     with RunFolder(tmp_path, CONFIG) as run:
         run.log_metrics(1, {"train/loss": 1.0})
         synced.clear()
-        run.seal_metrics()
+        run.seal_metrics(1)
         assert synced == [str(tmp_path / "metrics.jsonl")]
 
 

@@ -37,7 +37,7 @@ def running(after: str = "") -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143)])
 def test_a_signal_lets_the_step_finish_and_the_run_save(number: signal.Signals, code: int) -> None:
     with running() as process:
         process.send_signal(number)
