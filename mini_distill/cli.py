@@ -23,6 +23,7 @@ from .overrides import fixed_keys, missing_preset, prepare_overrides, run_name
 from .redaction import print_traceback
 from .run_to_measure import with_settings_of_run
 from .targets import cache_command, default_folder
+from .training.signals import Terminated, sigterm_as_interrupt
 from .written import read_object
 
 if TYPE_CHECKING:
@@ -69,16 +70,24 @@ def run_command(task: str, config_name: str = "train", schema: type = Config) ->
         return None if exit_codes[-1] else value_of(composed)
 
     try:
-        sys.argv[1:], folders = _prepare_arguments(sys.argv[1:])
-        _hydra_main(job, config_name, folders)
+        with sigterm_as_interrupt():
+            sys.argv[1:], folders = _prepare_arguments(sys.argv[1:])
+            _hydra_main(job, config_name, folders)
         if (sweep := next((text.partition("=")[2] for text in sys.argv if text.startswith(SWEEP_DIR)), None)) is not None:
             exit_codes.append(_end_of_sweep(Path(sweep.strip('"')), started))
     except MiniDistillError as error:
         exit_codes.append(report(error))
-    except KeyboardInterrupt:
-        print("error: interrupted. The same command goes on from what was saved, if there is anything.", file=sys.stderr)
-        exit_codes.append(130)
+    except KeyboardInterrupt as error:
+        how, code = (_where_terminated(), 143) if isinstance(error, Terminated) else ("interrupted", 130)
+        print(f"error: {how}. The same command goes on from what was saved, if there is anything.", file=sys.stderr)
+        exit_codes.append(code)
     sys.exit(max(exit_codes))
+
+
+def _where_terminated() -> str:
+    """SIGTERM that no run has answered came before there was one: torchrun sends it to the others where a process has died."""
+    rank = f"rank {os.environ['RANK']}, step 0 (loading): " if "RANK" in os.environ else ""
+    return f"{rank}stopped by SIGTERM before the run began"
 
 
 def run_job(task: str, composed: DictConfig, schema: type = Config, folders: Sequence[Path] = ()) -> int:

@@ -17,12 +17,8 @@ EVALUATION_METRICS = (
     "eval/top1_agreement",
     "eval/tokens",
 )
-FINGERPRINTS = (
-    "tokenizer",
-    "global_batch_size",
-    "code",
-    "metrics",
-)  # compared on resuming besides the settings; resume_allow takes them too
+FINGERPRINTS = ("tokenizer", "world_size", "global_batch_size", "code", "metrics")
+"""Compared on resuming besides the settings; resume_allow takes them too."""
 
 
 def option(default: Any, help: str, **limits: Any) -> Any:
@@ -166,6 +162,7 @@ class TrainerConfig:
     log_every: int = option(1, "Period of the rows in metrics.jsonl", at_least=1)
     export: str = option("last", "Which weights become student/: the last, or the best by evaluation.best_metric", choices=("last", "best"))
     num_threads: int | None = option(None, "CPU threads of torch; null: torch's choice", at_least=1)
+    stuck_after: float | None = option(1800.0, "Several processes: seconds that one may stand still at one place, without computing, while the others wait for it; then all end. null: for ever", above=0)
 
 
 @dataclass

@@ -6,15 +6,16 @@ import dataclasses
 import logging
 import math
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,7 +23,7 @@ from .config import Config
 from .data.loader import TrainingBatches, evaluation_batches
 from .data.prepare import PreparedData, prepare_data
 from .data.tokenizers import check_same_tokenizer, tokenizer_fingerprint, vocabulary_size
-from .errors import ConfigError, DistributedError, MiniDistillError, ModelError, StorageError
+from .errors import DistributedError, ModelError, StorageError
 from .evaluation.evaluator import Evaluator
 from .imported_code import code_fingerprints
 from .losses.objective import Objective
@@ -30,9 +31,9 @@ from .models.head import LanguageModel, embedding_rows
 from .models.identity import architecture, model_identity
 from .models.loading import load_tokenizer
 from .models.packed_documents import check_documents_kept_apart
-from .out_of_memory import is_out_of_memory, out_of_memory
-from .redaction import print_traceback, redact
+from .redaction import redact
 from .students.build import TeacherSizes, build_student
+from .teachers.cache_files import Side
 from .teachers.cache_identity import digest
 from .teachers.cached import CachedTeacher
 from .teachers.load import load_teacher, load_teacher_tokenizer
@@ -43,6 +44,7 @@ from .training.checkpoint import Checkpoints, load_optimizer, load_weights, opti
 from .training.fingerprints import compare_fingerprints
 from .training.objective import add_matching, build_objective, divergences_in_use, warn_of_growing_gradients
 from .training.optimizer import build_optimizer, learning_rate, set_learning_rate
+from .training.process_group import ending_together, note, start_accelerator
 from .training.progress import TrainingProgress
 from .training.run_folder import RunFolder
 from .training.signals import StopRequest
@@ -104,6 +106,7 @@ class Distillation:
 
     def evaluate(self, step: int) -> dict[str, float]:
         """The student's metrics over held-out text; empty without any, and where a signal cuts it short."""
+        note(step, "evaluation")
         return self.evaluator(self.student_model, step) if self.evaluator is not None else {}
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -141,6 +144,7 @@ class Distillation:
         Learning rate, data position and random numbers are functions of the step and the seed, so weights, optimizer and
         step are all there is to save.
         """
+        note(step, "saving")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             optimizer_tensors, optimizer_state = optimizer_to_tensors(self.optimizer, self.language_model)
@@ -157,7 +161,7 @@ class Distillation:
                 },
                 best=self.best.get("step") == step,
             )
-            self.run.set_step(step)
+            self.run.note_saved(step)
         self.accelerator.wait_for_everyone()
 
     def stop_if_asked(self, step: int, is_saved: bool) -> None:
@@ -219,7 +223,7 @@ class Distillation:
         Raises:
             StorageError: there was one.
         """
-        if (saved := self.run.status().get("step", 0)) > 0:
+        if (saved := self.run.status().get("saved_step", 0)) > 0:
             what = f"no checkpoint is there, and the run has saved step {saved}"
             remedy = "Bring back a copy of one, name one of another run with resume=<folder>, or start anew with resume=never."
             raise StorageError(str(self.checkpoints.folder), what, remedy)
@@ -239,43 +243,10 @@ def open_run(config: Config) -> Iterator[tuple[RunFolder, Tracker]]:
     with RunFolder(config.output_dir, plain, resume=config.resume, is_main=is_main) as run:
         tracker = open_tracker(config.tracking, run.path, plain, is_main)
         try:
-            with naming_the_process():
+            with ending_together(config.trainer.stuck_after, run.fail):
                 yield run, tracker
         finally:
             tracker.close()
-
-
-@contextmanager
-def naming_the_process() -> Iterator[None]:
-    """With several processes, whose output is mixed, an unexpected error ends in a line that names the one it happened on, and when.
-
-    Memory that is not there is expected, with one process too, and so is a compiler that is not.
-    """
-    try:
-        yield
-    except MiniDistillError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise out_of_memory(error) from error
-        if _is_of_the_compiler(error):
-            paragraph, _, _ = str(error).partition("\n\n")  # advice on how to report a bug follows
-            what = f"true, and the student cannot be compiled here ({paragraph})"
-            raise ConfigError("trainer.compile", what, "Leave it out.") from error
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            raise
-        steps = [note for note in getattr(error, "__notes__", []) if note.startswith("step ")]
-        where = ", ".join([f"rank {os.environ.get('RANK', '0')}", *steps])
-        if isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error):  # gloo has no class for it
-            raise DistributedError(where, "another process of the group is gone", "Its own line says why, if it was not killed.") from error
-        print_traceback()
-        raise DistributedError(where, f"{type(error).__name__}: {error}", "The traceback stands above.") from error
-
-
-def _is_of_the_compiler(error: Exception) -> bool:
-    """Where nothing was compiled, the seconds are spared that importing its errors takes."""
-    known = sys.modules.get("torch._dynamo.exc")
-    return known is not None and isinstance(error, known.TorchDynamoException)
 
 
 def prepare(config: Config, run: RunFolder, tracker: Tracker, stop: StopRequest) -> Distillation:
@@ -291,7 +262,7 @@ def prepare(config: Config, run: RunFolder, tracker: Tracker, stop: StopRequest)
         data = prepare_data(config.data, tokenizer, show_progress=accelerator.is_main_process)
 
     who = model_identity(teacher_model) if teacher_model is not None else None
-    teacher, held_out_teacher = open_teacher(config, teacher_model, who, data, tokenizer)
+    teacher, held_out_teacher = open_teacher(config, teacher_model, who, data, tokenizer, accelerator)
     student_model = build_student(
         config.student,
         teacher=teacher_model,
@@ -342,6 +313,7 @@ def prepare(config: Config, run: RunFolder, tracker: Tracker, stop: StopRequest)
         tracker=tracker,
         fingerprints={
             "config": redact(dataclasses.asdict(config)),
+            "world_size": accelerator.num_processes,
             "global_batch_size": trainer.micro_batch_size * trainer.grad_accum_steps * accelerator.num_processes,
             "data": data.fingerprint_parts,
             "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -366,7 +338,7 @@ def start_processes(precision: str, num_threads: int | None) -> Accelerator:
         precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
     AcceleratorState._reset_state()  # of another run in this process, as in a sweep: its precision is not ours
     _refuse_sharding()
-    accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=not on_gpu)
+    accelerator = start_accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=not on_gpu)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise DistributedError(
@@ -395,6 +367,7 @@ def open_teacher(
     who: dict[str, Any] | None,
     data: PreparedData,
     tokenizer: PreTrainedTokenizerBase,
+    accelerator: Accelerator,
 ) -> tuple[Teacher | None, CachedTeacher | ServerTeacher | None]:
     """Where the training's targets come from, and those of the held-out text where no teacher in this process gives them.
 
@@ -413,8 +386,16 @@ def open_teacher(
     if who is not None:
         wanted["teacher"] = who
     folder = Path(config.teacher.cache_dir).expanduser()
-    held_out = CachedTeacher(folder, wanted, "held_out") if model is None and data.held_out is not None else None
-    return CachedTeacher(folder, wanted), held_out
+    look_through = partial(look_through_together, accelerator)
+    held_out = CachedTeacher(folder, wanted, "held_out", look_through) if model is None and data.held_out is not None else None
+    return CachedTeacher(folder, wanted, "train", look_through), held_out
+
+
+def look_through_together(accelerator: Accelerator, side: Side) -> dict[int, str]:
+    """The damaged shards of a side. The processes of a machine, which read the same files, look at a share each; all learn of all."""
+    on_this_machine = min(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), accelerator.num_processes)
+    found = side.damaged(range(accelerator.local_process_index % on_this_machine, side.num_shards, on_this_machine))
+    return dict(sorted(shard for part in gather_object([found]) for shard in part.items()))
 
 
 def sizes_from_cache(teacher: Teacher | None) -> TeacherSizes | None:

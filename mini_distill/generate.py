@@ -37,7 +37,7 @@ from .config import GenerateCommand
 from .contract import shown
 from .data.prompts import Prompt, Prompts
 from .data.tokenizers import tokenizer_fingerprint
-from .distillation import check_vocabulary, naming_the_process, start_processes
+from .distillation import check_vocabulary, start_processes
 from .errors import ConfigError, DataError, Preempted, Problem
 from .folder_lock import FolderLock
 from .models.generation import complete
@@ -49,6 +49,7 @@ from .redaction import redact
 from .run import CallableGenerate
 from .storage import atomic_folder, atomic_write_text, check_writable, remove_folder, remove_stale_temporaries, verify_folder
 from .teachers.load import load_teacher, load_teacher_tokenizer
+from .training.process_group import ending_together
 from .training.signals import StopRequest
 from .written import read_object
 
@@ -73,7 +74,7 @@ def generate(config: GenerateCommand) -> dict[str, Any]:
         Preempted: SIGTERM or Ctrl-C; whole parts stay.
     """
     folder = Path(str(config.output_dir)).expanduser()
-    with naming_the_process(), StopRequest() as stop, ExitStack() as held:
+    with ending_together(), StopRequest() as stop, ExitStack() as held:
         accelerator = start_processes(config.precision, config.num_threads)
         model, tokenizer = _load(config, accelerator.device)
         prompts = Prompts(config.data, tokenizer, config.generate.prompt_tokens, _room(model, config))

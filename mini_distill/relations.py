@@ -33,6 +33,7 @@ from .config import (
 from .contract import DataOnly, build_config, did_you_mean, known_keys, named_groups, objective_terms, shown
 from .errors import ConfigError, Problem
 from .losses.catalogue import divergence_parameters, matching_parameters, tokens_looked_at
+from .storage import read_regular
 from .targets import cache_command
 
 
@@ -417,7 +418,7 @@ def _check_cached(config: Config) -> Iterator[Problem]:
     """What the targets of a cache cannot give, as far as its description tells."""
     folder = config.teacher.cache_dir
     try:
-        cache = json.loads((Path(os.path.expanduser(str(folder))) / "cache.json").read_text(encoding="utf-8"))["cache"]
+        cache = json.loads(read_regular(Path(os.path.expanduser(str(folder))) / "cache.json"))["cache"]
         settings = CacheConfig(**cache)
     except (OSError, ValueError, KeyError, TypeError):
         return  # said, with what to do, where the cache is opened

@@ -36,6 +36,7 @@ from .run import CallableTrain
 from .teachers.targets import Teacher
 from .training.numerics import add_terms, check_finite, clip_gradient, memory_errors, step_metrics
 from .training.optimizer import learning_rate, set_learning_rate
+from .training.process_group import note
 from .training.randomness import seed_step
 from .training.signals import StopRequest
 
@@ -84,6 +85,7 @@ def training_loop(d: Distillation, last_step: int) -> None:
     with d.progress(last_step) as progress:
         for step in range(last_step + 1, trainer.max_steps + 1):
             started = perf_counter()
+            note(step)
             seed_step(d.config.seed, step, d.accelerator.process_index)
             micro_batches = [batch.to(d.accelerator.device) for batch in next(batches)]
             is_last = step == trainer.max_steps
@@ -92,6 +94,7 @@ def training_loop(d: Distillation, last_step: int) -> None:
                 metrics = optimizer_step(d, micro_batches, step)
             metrics["perf/tokens_per_second"] = metrics["train/tokens"] / (perf_counter() - started)
             d.tokens_seen += int(metrics["train/tokens"])
+            d.run.set_step(step)
             progress.update(step, metrics)
 
             if _evaluates(step, trainer):

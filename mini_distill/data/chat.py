@@ -107,7 +107,7 @@ class ChatRenderer:
         Raises:
             RowError: there are none.
         """
-        return _messages(row, self.config.messages_column or "")
+        return conversation(row, self.config.messages_column or "")
 
     def prompts(self, rows: list[Row]) -> list[np.ndarray | RowError]:
         """The tokens `(tokens,)` of each conversation up to its last answer and with what begins that, or what is wrong with the row."""
@@ -121,7 +121,7 @@ class ChatRenderer:
 
     def _write(self, row: Row) -> _Written | RowError:
         try:
-            messages, tools = self._hidden_conversation(row)
+            messages, tools = self._conversation(row)
             if GENERATION.search(self.template):
                 return self._render(row, messages, tools, return_assistant_tokens_mask=True)
             return self._by_prefixes(row, messages, tools)
@@ -132,16 +132,16 @@ class ChatRenderer:
 
     def _write_prompt(self, row: Row) -> _Written | RowError:
         try:
-            messages, tools = self._hidden_conversation(row)
+            messages, tools = self._conversation(row)
             return self._render(row, to_answer(row, messages), tools, " without its last answer", add_generation_prompt=True)
         except RowError as error:
             return error
         except RecursionError:
             return RowError(row.origin, "is nested too deeply", MEND, "wrong type")
 
-    def _hidden_conversation(self, row: Row) -> tuple[list[dict[str, Any]], Any]:
+    def _conversation(self, row: Row) -> tuple[list[dict[str, Any]], Any]:
         """Messages and tools, with the special tokens inside their texts hidden. Raises RowError."""
-        messages, tools = self.conversation(row), _tools(row, self.config.tools_column)
+        messages, tools = conversation(row, self.config.messages_column or ""), _tools(row, self.config.tools_column)
         if tools and "tools" not in self.template:
             remedy = f"Give another {self.where}.chat_template, such as chatml or llama3."
             raise RowError(row.origin, "has tools, and the chat template has no place for them", remedy, "template")
@@ -319,8 +319,12 @@ def _template_file(name: str, where: str) -> str:
 # ------------------------------------------------------------------------------------------------------------------ conversation
 
 
-def _messages(row: Row, column: str) -> list[dict[str, Any]]:
-    """The conversation with `role` and `content`, from that form, from ShareGPT's, or from JSON text of either."""
+def conversation(row: Row, column: str) -> list[dict[str, Any]]:
+    """The messages with `role` and `content`, from that form, from ShareGPT's, or from JSON text of either.
+
+    Raises:
+        RowError: the column holds something else.
+    """
     value = _value(row, column)
     if isinstance(value, list) and not value:
         raise RowError(row.origin, f"column '{column}' is empty", reason="empty")

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,7 +22,7 @@ from ..contract import mixture_parts
 from ..errors import DataError
 from ..imported_code import code_fingerprint
 from ..onlooker import bar
-from ..storage import atomic_folder, remove_stale_temporaries, storage_errors, user_cache, verify_folder
+from ..storage import atomic_folder, open_regular, remove_stale_temporaries, storage_errors, user_cache, verify_folder
 from .held_out import HELD_OUT, OVERLAP, TRAIN, SidedRow, split_rows
 from .mixing import Mixture
 from .order import Stream
@@ -205,7 +206,7 @@ def _alone_with(folder: Path) -> Iterator[None]:
     file = folder.parent / "locks" / folder.name
     with storage_errors(file, "lock the tokenised data"):
         file.parent.mkdir(parents=True, exist_ok=True)
-        opened = open(file, "ab")  # noqa: SIM115
+        opened = os.fdopen(open_regular(file, os.O_WRONLY | os.O_CREAT), "wb")
     with opened:
         with suppress(OSError):
             fcntl.flock(opened, fcntl.LOCK_EX)  # the kernel opens it again however this process ends

@@ -9,10 +9,10 @@ from typing import Any
 
 from ..config import CacheConfig
 from ..errors import CacheError, Problem
-from ..storage import atomic_write_text
+from ..storage import atomic_write_text, read_regular
 
 DESCRIPTION = "cache.json"
-FORMAT = 1
+FORMAT = 2
 
 
 def identity(config: CacheConfig, *, data: dict[str, Any], tokenizer: str, teacher: dict[str, Any], precision: str) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     """
     file = folder / DESCRIPTION
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(read_regular(file))
         known = found["identity"]["format"]
     except FileNotFoundError as error:
         raise CacheError(str(folder), "no cache of teacher targets", "Build it: python -m mini_distill.cache cache.dir=….") from error

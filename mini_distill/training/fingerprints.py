@@ -24,6 +24,7 @@ HARMLESS = (
     "teacher.timeout",
     "trainer.save_every",  # saving draws no random numbers and changes no tensor
     "trainer.keep_checkpoints",  # which of them stay
+    "trainer.stuck_after",  # when a run is given up
     "trainer.log_every",  # which steps get a row; the steps are the same
     "data.num_workers",  # the order of rows is the seed's alone
     "data.cache_dir",  # where tokenised data is kept; what it holds is compared as `data`

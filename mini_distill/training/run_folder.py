@@ -21,7 +21,15 @@ import yaml
 from ..errors import MiniDistillError, Preempted, StorageError
 from ..folder_lock import LOCK, FolderLock
 from ..redaction import redact, redact_text
-from ..storage import atomic_write_text, check_writable, free_name, remove_stale_temporaries, storage_errors
+from ..storage import (
+    atomic_write_text,
+    check_writable,
+    free_name,
+    open_regular,
+    read_regular,
+    remove_stale_temporaries,
+    storage_errors,
+)
 
 JOB_LOG = "job.log"
 """What a job of a sweep printed; it is there before the run is."""
@@ -67,7 +75,7 @@ class RunFolder:
         self._resume = resume
         self._is_main = is_main
         self._needed_bytes = needed_bytes
-        self._step = 0
+        self._step = self._saved_step = 0
         self._updated = 0.0
         self._logged: set[tuple[int, str]] = set()
         self._metrics_file = -1
@@ -82,7 +90,7 @@ class RunFolder:
         with contextlib.ExitStack() as held:
             self._take(held)
             remove_stale_temporaries(self.path)
-            self._step = self.status().get("step", 0)
+            self._step, self._saved_step = (self.status().get(name, 0) for name in ("step", "saved_step"))
             self._write_status("running", None)
             atomic_write_text(self.path / "config.yaml", yaml.safe_dump(redact(self._config), sort_keys=False, allow_unicode=True))
             self._open_metrics()
@@ -122,14 +130,26 @@ class RunFolder:
     # -------------------------------------------------------------------------------------------------------------- status
 
     def status(self) -> dict[str, Any]:
-        """What status.json says: state, step, exit_code, updated, pid, of a failed run the error; empty when it is missing or damaged."""
+        """What status.json says: state, step, saved_step, exit_code, updated, pid, of a failed run the error; empty when it is damaged."""
         return _read_status(self.path)
 
     def set_step(self, step: int) -> None:
-        """Note the optimizer step that is saved; status.json follows at the first, at most every 30 seconds, and at the end."""
-        is_first, self._step = self._step == 0, step
-        if is_first or time.monotonic() - self._updated > SECONDS_BETWEEN_UPDATES:
+        """Note the optimizer step that is reached; status.json follows at most every 30 seconds, and at the end."""
+        self._step = step
+        if time.monotonic() - self._updated > SECONDS_BETWEEN_UPDATES:
             self._write_status("running", None)
+
+    def note_saved(self, step: int) -> None:
+        """Note that there is a checkpoint of `step`; that there is one at all is in status.json at once."""
+        is_first, self._saved_step = self._saved_step == 0, step
+        self.set_step(step)
+        if is_first:
+            self._write_status("running", None)
+
+    def fail(self, error: BaseException) -> None:
+        """Say that the run ended with `error`, where the process ends without leaving the folder."""
+        state, exit_code = _ending(error)
+        self._write_status(state, exit_code, error)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Every final number to summary.json, sorted by key; a number that is not finite becomes null."""
@@ -140,7 +160,8 @@ class RunFolder:
         if not self._is_main:
             return
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        status = {"state": state, "step": self._step, "exit_code": exit_code, "updated": now, "pid": os.getpid()}
+        steps = {"step": self._step, "saved_step": self._saved_step}
+        status = {"state": state, **steps, "exit_code": exit_code, "updated": now, "pid": os.getpid()}
         if state == "failed" and error is not None:
             status["error"] = _one_line(error)
         atomic_write_text(self.path / "status.json", json.dumps(status) + "\n")
@@ -153,11 +174,9 @@ class RunFolder:
             return
         now = datetime.now(UTC).isoformat(timespec="seconds")
         text = f"{now}, step {self._step}\n" + redact_text("".join(traceback.format_exception(error)))
-        with (
-            storage_errors(self.path / "error.log", "write"),
-            open(self.path / "error.log", "a", encoding="utf-8", errors="backslashreplace") as log,
-        ):
-            log.write(text + "\n")
+        file = self.path / "error.log"
+        with storage_errors(file, "write"), open(open_regular(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as log:
+            log.write((text + "\n").encode(errors="backslashreplace"))
 
     # ------------------------------------------------------------------------------------------------------------- metrics
 
@@ -189,7 +208,7 @@ class RunFolder:
         """
         file = self.path / "metrics.jsonl"
         with storage_errors(file, "read"):
-            lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+            lines = read_regular(file).split(b"\n")[:-1] if file.exists() else []
         return [_parse_row(file, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
 
     def seal_metrics(self) -> dict[str, Any]:
@@ -231,8 +250,8 @@ class RunFolder:
     def _open_metrics(self) -> None:
         file = self.path / "metrics.jsonl"
         with storage_errors(file, "write"):
-            self._metrics_file = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-            whole = file.read_bytes().rpartition(b"\n")
+            self._metrics_file = open_regular(file, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+            whole = read_regular(file).rpartition(b"\n")
             os.ftruncate(self._metrics_file, len(whole[0] + whole[1]))  # a row torn by a kill
         self._logged, self._written = set(), MetricsRecord()
         for row in self.metrics():
@@ -299,7 +318,7 @@ def _is_run(path: Path) -> bool:
 
 def _read_status(path: Path) -> dict[str, Any]:
     try:
-        status = json.loads((path / "status.json").read_bytes())
+        status = json.loads(read_regular(path / "status.json"))
     except (OSError, ValueError):
         return {}
     return status if isinstance(status, dict) and isinstance(status.get("step"), int) else {}

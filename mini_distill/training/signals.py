@@ -16,6 +16,35 @@ from ..errors import Preempted
 SAME_PRESS = 0.3  # seconds; a terminal and torchrun both pass on one Ctrl-C
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, where nothing answers it better."""
+
+
+@contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """In here SIGTERM raises `Terminated` in the main thread, as Ctrl-C raises KeyboardInterrupt; forked processes it ends as ever."""
+    process = os.getpid()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == process:
+            raise Terminated
+        _end_forked(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end_forked(number: int) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
 class StopRequest:
     """`with StopRequest() as stop: …` turns SIGTERM and Ctrl-C into `stop.requested`, to be looked at between steps.
 
@@ -108,8 +137,7 @@ class StopRequest:
     def _handle_in_worker(self, number: int) -> None:
         """A forked data worker: Ctrl-C is the main process's affair, SIGTERM ends it."""
         if number == signal.SIGTERM:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            _end_forked(number)
 
     def _tell(self) -> None:
         """Straight to the descriptor: the handler may have interrupted a print, whose lock and buffer must be left alone."""

@@ -9,6 +9,7 @@ import logging
 import os
 import random
 import shutil
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import before_step, checked, checkpoint_steps, copy_of, run, status
+from caches import from_cache
+from runs import before_step, checked, checkpoint_steps, copy_of, fork, forks, run, status, wait
 from torch import Tensor
 
 from faults.record import record
@@ -26,6 +28,7 @@ from mini_distill.data.prepare import prepare_data
 from mini_distill.digest import digest_run
 from mini_distill.errors import DataError, MiniDistillError, StorageError
 from mini_distill.models.loading import load_causal_lm, load_tokenizer
+from mini_distill.run import Run
 from mini_distill.storage import MANIFEST, verify_folder
 from mini_distill.teachers.cache_identity import read_description
 from mini_distill.teachers.cached import CachedTeacher
@@ -255,6 +258,64 @@ def test_what_a_killed_process_left_beside_is_in_nobodys_way(kind: str, stores: 
         (stray / "model.safetensors").write_bytes(b"half of it")
     assert store.use(folder) == wanted
     record("stray temporary folders", injected=1, fired=1, exact=1)
+
+
+# ------------------------------------------------------------------------------------------------------ pipes, devices and folders
+
+
+def a_pipe(file: Path) -> None:
+    os.mkfifo(file)
+
+
+def a_device(file: Path) -> None:
+    os.symlink("/dev/zero", file)
+
+
+INSTEAD: list[Callable[[Path], None]] = [a_pipe, a_device, Path.mkdir]
+OF_A_RUN = ("metrics.jsonl", "status.json", "config.yaml", "summary.json", ".lock", "checkpoints/step-00000006/state.json")
+
+
+@forks
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("instead", INSTEAD)
+@pytest.mark.parametrize("name", OF_A_RUN)
+def test_what_is_no_file_in_place_of_a_runs_file_hangs_nobody(
+    name: str,
+    instead: Callable[[Path], None],
+    twins: Twins,
+    tmp_path: Path,
+    undisturbed: Callable[[str], Path],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A run whose metrics.jsonl was a pipe waited for ever for somebody to write into it."""
+    folder = copy_of(undisturbed("plain"), tmp_path / "run")
+    (folder / name).unlink(missing_ok=True)
+    instead(folder / name)
+    code = seconds_limited(lambda: run(twins.command("plain"), folder))
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert (code, len(lines)) in ((0, 0), (6, 1)), (code, lines)
+    assert code == 0 or (str(folder / name) in lines[0] and ("not a regular file" in lines[0] or "Is a directory" in lines[0])), lines
+    readers: list[Callable[[], object]] = [lambda: Run(folder).metrics, lambda: Run(folder).summary, lambda: Run(folder).status]
+    for reader in [*readers, lambda: digest_run(folder), lambda: Checkpoints(folder / "checkpoints", 2).newest()]:
+        assert seconds_limited(reader) in (0, 2, 6)
+    record("pipes, devices and folders instead of files", injected=1, fired=1, **{"refused" if code else "mended": 1})
+
+
+def seconds_limited(body: Callable[[], object]) -> int:
+    """How `body` ends in a process of its own, which is killed after ten seconds."""
+    child = fork(lambda: (signal.alarm(10), body()))
+    return wait(child)
+
+
+@forks
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["cache.json", "MANIFEST.json"])
+def test_a_pipe_in_place_of_a_caches_file_hangs_nobody(name: str, tiny_command: list[str], small: Path, tmp_path: Path) -> None:
+    for file in list(small.rglob(name)):
+        file.unlink()
+        os.mkfifo(file)
+    assert seconds_limited(lambda: run(from_cache(tiny_command, small), tmp_path / "run")) in (4, 5)
+    record("pipes, devices and folders instead of files", injected=1, fired=1, refused=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- whole runs

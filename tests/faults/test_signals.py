@@ -28,9 +28,9 @@ from runs import (
     wait,
 )
 
+from faults.places import PLACES, in_midst
 from faults.record import record
 from faults.twins import Twins
-from mini_distill import result, storage
 from mini_distill.digest import digest_run
 from mini_distill.errors import Preempted
 from mini_distill.evaluation import hooks
@@ -90,35 +90,6 @@ def wait_for(condition: Callable[[], bool], seconds: float = 90) -> None:
 # ------------------------------------------------------------------------------------------------------------ wherever they come
 
 
-@contextmanager
-def in_midst(of: str, action: Callable[[], object]) -> Iterator[None]:
-    """Call `action` once while this is going on."""
-    owner, name, call = PLACES[of]()
-    original, calls = getattr(owner, name), 0
-
-    def watched(*arguments: Any, **settings: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            action()
-        return original(*arguments, **settings)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, name, watched)
-        yield
-
-
-PLACES: dict[str, Callable[[], tuple[Any, str, int]]] = {
-    "loading": lambda: (train_module, "prepare", 1),
-    "first evaluation": lambda: (Evaluator, "__call__", 1),
-    "step": lambda: (train_module, "distill_step", 3),
-    "save": lambda: (storage, "_write_manifest", 2),
-    "evaluation": lambda: (Evaluator, "__call__", 2),
-    "batch of an evaluation": lambda: (Evaluator, "_measure", 3),
-    "export": lambda: (result, "write_student", 1),
-    "hook": lambda: (hooks, "_call", 2),
-}
-"""What a run does, as a function that does it, and which of its calls is meant."""
 ANYWHERE = [place for place in PLACES if place != "hook"]  # which only a run with a hook has
 
 

@@ -275,13 +275,15 @@ def test_rows_are_durable_before_a_checkpoint_counts_on_them(tmp_path: Path, mon
         assert synced == [str(tmp_path / "metrics.jsonl")]
 
 
-def test_the_first_saved_step_is_in_the_status_at_once(tmp_path: Path) -> None:
+def test_that_a_step_was_saved_is_in_the_status_at_once_and_stays_there(tmp_path: Path) -> None:
     """It tells a run whose checkpoints are gone from one that was killed before its first."""
     with RunFolder(tmp_path, CONFIG) as run:
         run.set_step(1)
-        assert status(tmp_path)["step"] == 1
-        run.set_step(2)
-        assert status(tmp_path)["step"] == 1
+        assert status(tmp_path)["saved_step"] == 0
+        run.note_saved(2)
+        assert status(tmp_path)["saved_step"] == status(tmp_path)["step"] == 2
+    with RunFolder(tmp_path, CONFIG):
+        assert status(tmp_path)["saved_step"] == 2
 
 
 def test_a_line_that_is_no_row_is_named(tmp_path: Path) -> None:
