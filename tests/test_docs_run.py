@@ -62,7 +62,8 @@ def _write_rows(folder: Path) -> None:
         "tool_calls.jsonl": [{"messages": turn, "tools": [tool]} for turn in called],
         "qa.jsonl": [{"question": f"what is {i}", "answer": f"it is {i}"} for i in numbers],
         "code.jsonl": [{"content": text} for text in texts],
-        "my_text.jsonl": [{"text": text} for text in texts],
+        **{name: [{"text": text} for text in texts] for name in ("my_text.jsonl", "train.jsonl")},
+        "held_out.jsonl": [{"text": f"{text}, again"} for text in texts],
         "blimp.jsonl": [{"sentence_good": "a cat", "sentence_bad": "cat a", "linguistics_term": "order"}],
         "quiz.jsonl": [{"question": "two", "choices": ["a", "b"], "label": 0}],
     }
