@@ -33,7 +33,7 @@ _HOMES = {
     "Evaluator": "evaluation.evaluator",
     "MiniDistillError": "errors",
 }
-_VERBS = ("train", "cache", "evaluate", "plan", "report", "doctor")
+_VERBS = ("train", "cache", "evaluate", "generate", "plan", "report", "doctor")
 _MODULES = {"divergences": ".losses.divergences"} | {verb: f".{verb}" for verb in _VERBS}
 """Modules; the verbs among them can be called with overrides: `md.train(["student=mini_2m"])`."""
 __all__ = sorted([*_HOMES, *_MODULES])

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -15,28 +15,39 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 
-from .config import CacheCommand, Config, EvaluateCommand, PlanCommand
-from .contract import as_it_stands, build_config
+from .cache_to_look_at import with_settings_of_cache
+from .config import CacheCommand, CacheLookCommand, Config, EvaluateCommand, GenerateCommand, PlanCommand
+from .contract import build_config, resolved
 from .errors import ConfigError, MiniDistillError
 from .out_of_memory import is_out_of_memory, out_of_memory
 from .overrides import fixed_keys, missing_preset, prepare_overrides, run_name
 from .redaction import print_traceback
+from .run_to_measure import with_settings_of_run
+from .starting import begin_work
 from .targets import cache_command, default_folder
-from .written import read_object, read_settings
+from .training.signals import Terminated, sigterm_as_interrupt
+from .written import read_object
 
 if TYPE_CHECKING:
     from hydra.errors import MissingConfigException
     from yaml import MarkedYAMLError
 
-
-CONTRACTS = {"contract": Config, "cache_contract": CacheCommand, "evaluate_contract": EvaluateCommand, "plan_contract": PlanCommand}
+CONTRACTS = {
+    "contract": Config,
+    "cache_contract": CacheCommand,
+    "evaluate_contract": EvaluateCommand,
+    "generate_contract": GenerateCommand,
+    "plan_contract": PlanCommand,
+}
 """The settings of each verb by the name under which its YAML file takes their defaults."""
 
 TRAIN = "mini_distill.train:train"
 """The verb whose sweeps have a process for each job; those of others run one after the other in this one."""
 SWEEP_DIR = "hydra.sweep.dir="
-RESULTS = {Config: "runs", EvaluateCommand: "evaluations"}
+RESULTS = {Config: "runs", EvaluateCommand: "evaluations", GenerateCommand: "generated"}
 """Where what comes out of a verb goes when `output_dir` is not given."""
+RESULTS_OF_RUN = {EvaluateCommand: "evaluation", GenerateCommand: "generated"}
+"""The same, within the folder of the run that the verb is about."""
 
 
 def config_dir() -> Path:
@@ -61,26 +72,37 @@ def run_command(task: str, config_name: str = "train", schema: type = Config) ->
         return None if exit_codes[-1] else value_of(composed)
 
     try:
-        sys.argv[1:], folders = _prepare_arguments(sys.argv[1:])
-        _hydra_main(job, config_name, folders)
+        with sigterm_as_interrupt():
+            sys.argv[1:], folders = _prepare_arguments(sys.argv[1:])
+            _hydra_main(job, config_name, folders)
         if (sweep := next((text.partition("=")[2] for text in sys.argv if text.startswith(SWEEP_DIR)), None)) is not None:
             exit_codes.append(_end_of_sweep(Path(sweep.strip('"')), started))
     except MiniDistillError as error:
         exit_codes.append(report(error))
-    except KeyboardInterrupt:
-        print("error: interrupted. The same command goes on from what was saved, if there is anything.", file=sys.stderr)
-        exit_codes.append(130)
+    except KeyboardInterrupt as error:
+        how, code = (_where_terminated(), 143) if isinstance(error, Terminated) else ("interrupted", 130)
+        print(f"error: {how}. The same command goes on from what was saved, if there is anything.", file=sys.stderr)
+        exit_codes.append(code)
     sys.exit(max(exit_codes))
+
+
+def _where_terminated() -> str:
+    """SIGTERM that no run has answered came before there was one: torchrun sends it to the others where a process has died."""
+    rank = f"rank {os.environ['RANK']}, step 0 (loading): " if "RANK" in os.environ else ""
+    return f"{rank}stopped by SIGTERM before the run began"
 
 
 def run_job(task: str, composed: DictConfig, schema: type = Config, folders: Sequence[Path] = ()) -> int:
     """One job of a command line or of a sweep: its exit code. Our own bugs are 1, with their traceback."""
     try:
         if task == TRAIN and (sweep := _sweep_folder()) is not None:
+            begin_work()
             return _run_job_of_sweep(sweep, composed, folders)
         config = _checked(composed, _job_overrides, schema)
-        module, function = task.split(":")
-        getattr(importlib.import_module(module), function)(config)
+        module, name = task.split(":")
+        function = getattr(importlib.import_module(module), name)
+        begin_work()
+        function(config)
         return 0
     except MiniDistillError as error:
         if composed.get("debug") is True:
@@ -162,52 +184,17 @@ def load_config(overrides: Sequence[str] = (), config_name: str = "train", schem
 
 def _checked(composed: DictConfig, overrides: Callable[[], Sequence[str]], schema: type) -> Any:
     """The configuration, complete, with folders for what comes out."""
-    if schema is EvaluateCommand:
-        composed = with_settings_of_run(composed, overrides())
+    resolved(composed)  # a ${…} that leads nowhere is named before anything follows it
+    if schema in RESULTS_OF_RUN:
+        composed = with_settings_of_run(composed, overrides(), RESULTS_OF_RUN[schema])
+    if schema is CacheLookCommand:
+        composed = with_settings_of_cache(composed, overrides())
     config = build_config(composed, schema)
     if schema in RESULTS and config.output_dir is None:
         config.output_dir = f"{RESULTS[schema]}/{run_name(overrides())}"
     if isinstance(config, Config) and config.teacher.cache_kind is not None and config.teacher.cache_dir is None:
         config.teacher.cache_dir = str(default_folder(cache_command(config)))
     return config
-
-
-def with_settings_of_run(composed: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """Where `model` is the folder of a run: its teacher and data, unless the command line says otherwise, and its student.
-
-    Raises:
-        ConfigError: the run has no student yet.
-    """
-    run = Path(str(OmegaConf.select(composed, "model", throw_on_missing=False))).expanduser()
-    if not (run / "config.yaml").is_file():
-        return composed
-    if not (run / "student" / "config.json").is_file():
-        raise ConfigError("model", f"the run '{run}' has no student yet", "Run its command again to finish it.")
-    of_run = read_settings(run / "config.yaml")
-    given = {re.split(r"[.=]", text.lstrip("+~"))[0] for text in overrides}
-    for group in {"teacher", "data"} - given:
-        composed[group] = as_it_stands(of_run.get(group, {}))
-    if "teacher" not in given:
-        _check_trusted(of_run.get("teacher", {}), run / "config.yaml")
-    if "teacher" not in given and composed.teacher.get("kind") != "cached":
-        composed.teacher.cache_dir = composed.teacher.cache_kind = None  # the live teacher stood beside the cache
-    composed["model"] = str(run / "student")
-    if composed.get("output_dir") is None:
-        composed["output_dir"] = str(run / "evaluation")
-    return composed
-
-
-def _check_trusted(teacher: Mapping[str, Any], file: Path) -> None:
-    """A run may be anybody's: what its settings cannot decide is whose code is run here, and who is shown a key.
-
-    Raises:
-        ConfigError: they would.
-    """
-    remedy = "If you trust it, give teacher=… with its settings in the command."
-    if teacher.get("trust_remote_code"):
-        raise ConfigError("teacher.trust_remote_code", f"{file} asks to run code from the repository of '{teacher.get('path')}'", remedy)
-    if teacher.get("kind") == "server" and os.environ.get("MINI_DISTILL_API_KEY"):
-        raise ConfigError("teacher.url", f"{file} asks to show the key in MINI_DISTILL_API_KEY to {teacher.get('url')}", remedy)
 
 
 def report(error: MiniDistillError) -> int:
@@ -278,7 +265,7 @@ def _store_contract() -> None:
 def _job_overrides() -> list[str]:
     from hydra.core.hydra_config import HydraConfig
 
-    return list(HydraConfig.get().overrides.task)
+    return list(OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False))  # type: ignore[arg-type]
 
 
 @contextmanager

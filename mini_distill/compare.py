@@ -3,10 +3,16 @@
 python -m mini_distill.compare runs/a runs/a-control runs/b …        --output comparison.json
 
 A control is a run without a teacher's signal (objective=ce) that differs from others in its objective alone, such as `control=true` makes.
-Runs that differ in nothing but the seed are one row; each is compared with the control of the same seed.
+Runs that differ in nothing but the seed are one row; each is compared with the control of the same seed, or as it was itself (control=true)
+where that is not given.
 """
 
 from __future__ import annotations
+
+if __name__ == "__main__":
+    from mini_distill.starting import answer_signals
+
+    answer_signals()
 
 import argparse
 import dataclasses
@@ -26,8 +32,6 @@ from .run import Run
 from .storage import atomic_write_text
 
 NOT_COMPARED = ("seed", "output_dir", "resume", "resume_allow", "control", "debug", "tracking", "objective")
-STUDENT_T = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-"""97.5 % quantiles of Student's t with 1, 2, … degrees of freedom; beyond them the normal distribution's."""
 
 Summary = dict[str, Any]
 
@@ -171,9 +175,14 @@ def _row(members: list[Finished], controls: dict[tuple[str, int], Finished], dis
     for key in ("student_nll", "forward_kl", "top1_agreement", "student_ece", "student_bits_per_byte"):
         values = [member.summary[f"eval/{key}"] for member in members if f"eval/{key}" in member.summary]
         row |= _with_interval(key, values)
-    pairs = [(member, controls[member.setting, member.seed]) for member in members if (member.setting, member.seed) in controls]
-    gaps = [gap for member, control in pairs if not member.is_control and (gap := gap_closed(member.summary, control.summary)) is not None]
-    return row | _with_interval("gap_closed", gaps)
+    gaps = [_gap_of(member, controls.get((member.setting, member.seed))) for member in members if not member.is_control]
+    return row | _with_interval("gap_closed", [gap for gap in gaps if gap is not None])
+
+
+def _gap_of(run: Finished, control: Finished | None) -> float | None:
+    """Against the control among the runs; where there is none, as the run found it itself (`control=true`)."""
+    found: float | None = run.summary.get("control/gap_closed")
+    return found if control is None else gap_closed(run.summary, control.summary)
 
 
 def _with_interval(name: str, values: list[float]) -> dict[str, float]:
@@ -184,9 +193,30 @@ def _with_interval(name: str, values: list[float]) -> dict[str, float]:
 
 def interval(values: Sequence[float]) -> float:
     """Half the width of the 95 % confidence interval of the mean: t · s / √n, for independent normal values, two at least."""
-    freedom = len(values) - 1
-    t = STUDENT_T[freedom - 1] if freedom <= len(STUDENT_T) else 1.96
-    return t * stdev(values) / math.sqrt(len(values))
+    return student_t(0.95, len(values) - 1) * stdev(values) / math.sqrt(len(values))
+
+
+def student_t(confidence: float, freedom: int) -> float:
+    """The t between whose negative and itself Student's distribution holds `confidence`, by halving an interval."""
+    low, high = 0.0, 1.0
+    while _within(high, freedom) < confidence:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _within(middle, freedom) < confidence else (low, middle)
+    return high
+
+
+def _within(t: float, freedom: int) -> float:
+    """P(|T| < t), exact for whole degrees of freedom (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4)."""
+    angle = math.atan(t / math.sqrt(freedom))
+    odd = freedom % 2
+    term, total = (math.cos(angle) if odd else 1.0), 0.0
+    for k in range(odd, freedom - 1, 2):  # the powers of the cosine below freedom - 1
+        total += term
+        term *= (k + 1) / (k + 2) * math.cos(angle) ** 2
+    total *= math.sin(angle)
+    return 2 / math.pi * (angle + total) if odd else total
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

@@ -5,6 +5,11 @@ python -m mini_distill.digest <run folder>
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from mini_distill.starting import answer_signals
+
+    answer_signals()
+
 import argparse
 import hashlib
 import json
@@ -21,6 +26,8 @@ if TYPE_CHECKING:
 
 NOT_RESULTS = ("perf/", "time/")
 """Metrics that differ between two runs that went the same way: they measure the machine."""
+ABOUT_THE_RUN = ("fingerprints", "metrics")
+"""Of a checkpoint's state: where and when the run ran, and the checksum of rows that say so too."""
 
 
 def digest_run(path: Path | str) -> str:
@@ -46,7 +53,7 @@ def digest_run(path: Path | str) -> str:
     digest = hashlib.sha256()
     for name in checkpoint.names:
         _add_tensors(digest, name, checkpoint.tensors(name))
-    _add_value(digest, "state", {key: value for key, value in checkpoint.state.items() if key != "fingerprints"})
+    _add_value(digest, "state", {key: value for key, value in checkpoint.state.items() if key not in ABOUT_THE_RUN})
     run = RunFolder(path, {})
     _add_value(digest, "metrics", _results(run.metrics()))
     for file in sorted((path / "student").glob("*.safetensors")) if run.status().get("state") == "finished" else []:

@@ -6,6 +6,10 @@ python -m mini_distill.doctor teacher=… student=… data=…          the sett
 from __future__ import annotations
 
 if __name__ == "__main__":
+    from mini_distill.starting import answer_signals
+
+    answer_signals()
+
     from mini_distill.cli import run_command
 
     run_command("mini_distill.doctor:doctor")
@@ -16,14 +20,18 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from .config import Config
+from .config import Config, DataConfig
 from .data.batch import Batch
 from .data.prepare import PreparedData, prepare_data
+from .data.row import Row
 from .data.tokenizers import vocabulary_size
 from .diagnosis.finding import DOUBTFUL, GOOD, WRONG, Finding
+from .diagnosis.first_rows import FirstRows, first_rows
 from .diagnosis.models import (
     check_accumulation,
     check_fused,
@@ -35,10 +43,12 @@ from .diagnosis.models import (
     check_tokens,
 )
 from .diagnosis.rows import check_epochs, check_rows, learned_text
+from .diagnosis.template import check_template
 from .distillation import load_shared_tokenizer, start_processes
 from .errors import ConfigError, ModelError
 from .evaluation.samples import printable
 from .models.head import LanguageModel
+from .models.loading import load_tokenizer
 from .models.packed_documents import check_documents_kept_apart
 from .run import called, checked
 from .students.build import build_student
@@ -47,8 +57,6 @@ from .teachers.online import OnlineTeacher
 from .train import distill_step
 from .training.objective import build_objective
 
-MOST_ROWS = 200
-"""Rows read at most: enough for shares in per cent, and a minute for all checks."""
 MOST_TOKENS = 1024
 """Tokens of the batch that models are tried on."""
 
@@ -81,10 +89,14 @@ def examine(config: Config) -> Iterator[Finding]:
     """
     accelerator = start_processes("fp32", config.trainer.num_threads)
     tokenizer = load_shared_tokenizer(config)
-    few, limited = _few_rows(config)
-    data = prepare_data(few.data, tokenizer)
+    opened: dict[str, FirstRows] = {}
+    few = dataclasses.replace(config, data=_for_training_alone(config.data))
+    data = prepare_data(few.data, tokenizer, opening=first_rows(opened))
     yield from check_rows(few, data, tokenizer)
-    yield check_epochs(config, data, limited)
+    yield check_epochs(config, data, rows_limited=any(source.was_cut for source in opened.values()))
+    for where, source in opened.items():
+        rows = [row for row in source.rows() if isinstance(row, Row)]
+        yield from check_template(source.config, rows, tokenizer, _with_templates(config, tokenizer), where)
     batch = _batch(data, config.data.seq_len)
     print(f"  what is learned of a row: {printable(learned_text(batch, tokenizer))}")
 
@@ -134,14 +146,21 @@ def _packing(models: dict[str, LanguageModel]) -> Iterator[Finding]:
             yield Finding("packing", WRONG, error.problems[0].what, error.problems[0].remedy)
 
 
-def _few_rows(config: Config) -> tuple[Config, bool]:
-    """The same with no more rows than there is time for, all of them training rows; and whether that left some out."""
-    data = config.data
-    if data.source == "mixture":
-        return config, False
-    most = min(MOST_ROWS, data.max_rows or MOST_ROWS)
-    own = dataclasses.replace(data, max_rows=most, eval_path=None, eval_split=None, eval_fraction=0.0, on_bad_row="skip")
-    return dataclasses.replace(config, data=own), most != data.max_rows
+def _for_training_alone(data: DataConfig) -> DataConfig:
+    """The same with training rows only, those of the parts of a mixture too; bad rows are counted."""
+    alone: dict[str, Any] = {"eval_path": None, "eval_split": None, "eval_fraction": 0.0, "on_bad_row": "skip"}
+    parts = {name: {**part, **alone} for name, part in data.mixture.items()}
+    return dataclasses.replace(data, mixture=parts, **alone)
+
+
+def _with_templates(config: Config, tokenizer: PreTrainedTokenizerBase) -> dict[str, PreTrainedTokenizerBase]:
+    """The tokenizers that belong to teacher and student, whose vocabularies are known to be the same."""
+    found = {"teacher" if config.teacher.kind != "none" else "student": tokenizer}
+    student = config.student
+    if student.kind == "hf":
+        where = {"revision": student.revision, "trust_remote_code": student.trust_remote_code}
+        found["student"] = load_tokenizer(str(student.path), **where, where="student.path")  # type: ignore[arg-type]
+    return found
 
 
 def _batch(data: PreparedData, seq_len: int) -> Batch:

@@ -7,6 +7,10 @@ python -m mini_distill.plan … plan.device=cuda plan.memory_gib=80 plan.matmul_
 from __future__ import annotations
 
 if __name__ == "__main__":
+    from mini_distill.starting import answer_signals
+
+    answer_signals()
+
     from mini_distill.cli import run_command
     from mini_distill.config import PlanCommand
 

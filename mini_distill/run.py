@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .cli import load_config
-from .config import CacheCommand, Config, EvaluateCommand
+from .config import CacheCommand, Config, EvaluateCommand, GenerateCommand
 from .errors import ConfigError, MiniDistillError
 from .written import read_object, read_rows, read_settings
 
@@ -260,4 +260,20 @@ class CallableEvaluate(ModuleType):
             MiniDistillError: any problem that is the user's to mend.
         """
         summary: dict[str, Any] = called(self.evaluate, checked(config, "evaluate", EvaluateCommand))
+        return summary
+
+
+class CallableGenerate(ModuleType):
+    """The module `mini_distill.generate`, which can be called in the same way."""
+
+    def __call__(self, config: GenerateCommand | Sequence[str] = ()) -> dict[str, Any]:
+        """Let a model go on from the prompts of the data, and give the summary: prompts, rows, tokens, cut off, left out, seconds.
+
+        Args:
+            config: Overrides as on the command line (`["output_dir=answers"]`), or a checked configuration.
+
+        Raises:
+            MiniDistillError: any problem that is the user's to mend.
+        """
+        summary: dict[str, Any] = called(self.generate, checked(config, "generate", GenerateCommand))
         return summary

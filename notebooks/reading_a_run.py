@@ -156,5 +156,5 @@ for sample in run.details["samples"]:
     print()
 
 # %% [markdown]
-# `python -m mini_distill.evaluate model=runs/reading` measures more, on all of the held-out text; `python -m mini_distill.compare` sets
-# runs against their controls over seeds, which is what a claim needs.
+# `python -m mini_distill.evaluate model=runs/reading` measures these figures again and more (with `evaluation.max_batches=null` on all of
+# the held-out text); `python -m mini_distill.compare` sets runs against their controls over seeds, which is what a claim needs.

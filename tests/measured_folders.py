@@ -100,7 +100,7 @@ def summary(nll: float, steps: int) -> dict[str, Any]:
             f"energy/{model}_joules_per_million_tokens_estimate": 91_000.0 * factor,
             f"text/{model}_repetition": 0.12,
             f"text/{model}_distinct_2": 0.61,
-            f"text/{model}_words": 31.5,
+            f"text/{model}_tokens": 31.5,
             f"task/blimp/{model}": 0.7 + 0.05 * factor,
             f"task/blimp/agreement/{model}": 0.6 + 0.1 * factor,
         }

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from runs import run, train_module
 
-from mini_distill.compare import against_control, compare, control_of, gap_closed, interval, main, markdown, objective_text
+from mini_distill.compare import against_control, compare, control_of, gap_closed, interval, main, markdown, objective_text, student_t
 from mini_distill.config import Config, ObjectiveConfig
 from mini_distill.digest import digest_run
 from mini_distill.errors import ConfigError
@@ -52,7 +52,9 @@ def test_each_seed_is_compared_with_its_own_control(make_run: MakeRun) -> None:
     distilled, control = compare([str(path) for path in runs])
     gaps = [0.25, (4.2 - 3.4) / (4.2 - 2.0)]
     assert distilled["gap_closed"] == pytest.approx(sum(gaps) / 2) and distilled["seeds"] == [0, 1]
-    assert distilled["gap_closed_interval"] == pytest.approx(12.71 * abs(gaps[0] - gaps[1]) / 2)  # t with one degree, s = |a − b| / √2
+    assert distilled["gap_closed_interval"] == pytest.approx(
+        12.7062 * abs(gaps[0] - gaps[1]) / 2, rel=1e-5
+    )  # t with one degree, s = |a − b| / √2
     assert "gap_closed" not in control and control["label"] == "ce (control)"
     assert control["student_nll"] == pytest.approx(4.1)
 
@@ -71,7 +73,28 @@ def test_one_seed_gets_no_interval_and_the_table_says_so(make_run: MakeRun) -> N
 
 def test_an_interval_of_equal_values_has_no_width() -> None:
     assert interval([1.0, 1.0, 1.0]) == 0.0
-    assert interval([1.0, 2.0, 3.0]) == pytest.approx(4.303 / 3**0.5)
+    assert interval([1.0, 2.0, 3.0]) == pytest.approx(4.30265 / 3**0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("freedom", "t"),
+    [(1, 12.70620), (2, 4.30265), (3, 3.18245), (15, 2.13145), (16, 2.11991), (30, 2.04227), (120, 1.97993), (1000, 1.96234)],
+)
+def test_the_quantiles_are_students_for_any_number_of_seeds(freedom: int, t: float) -> None:
+    """The table ended at fifteen degrees of freedom, and seventeen seeds got the normal distribution's 1.96: too narrow."""
+    assert student_t(0.95, freedom) == pytest.approx(t, rel=5e-6)
+
+
+def test_without_its_control_a_run_is_compared_as_it_was_itself(make_run: MakeRun) -> None:
+    """`control=true` had written the gap into the summary of each run, and comparing the runs alone showed a dash."""
+    runs = [make_run("a0", 3.5, 0), make_run("a1", 3.4, 1)]
+    for folder, gap in zip(runs, (0.25, 0.35), strict=True):
+        summary = json.loads((folder / "summary.json").read_text())
+        (folder / "summary.json").write_text(json.dumps(summary | {"control/gap_closed": gap}))
+    (row,) = compare([str(path) for path in runs])
+    assert row["gap_closed"] == pytest.approx(0.3)
+    (with_one, _) = compare([*map(str, runs), str(make_run("c0", 4.5, 0, 0.0))])
+    assert with_one["gap_closed"] == pytest.approx((0.4 + 0.35) / 2)  # what is given goes first
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,13 @@ from mini_distill.overrides import prepare_overrides
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 EXTRAS = PROJECT["project"]["optional-dependencies"]
-HYDRA_VERBS = {"train": "contract", "cache": "cache_contract", "evaluate": "evaluate_contract", "plan": "plan_contract"}
+HYDRA_VERBS = {
+    "train": "contract",
+    "cache": "cache_contract",
+    "evaluate": "evaluate_contract",
+    "generate": "generate_contract",
+    "plan": "plan_contract",
+}
 ACTIONS = {"cache": ("build", "verify", "info")}
 SHOWN = ("--help", "--cfg")  # flags of Hydra that show and do not run
 VALUES_OF_TORCHRUN = ("--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--master_port")

@@ -106,6 +106,9 @@ def in_small(verb: str, given: list[str], rows: Path) -> list[str]:
         kept = [*(text for text in kept if not text.startswith("data")), "data=text", "data.path=corpus"]
     elif "data" not in told:
         kept += ["data=jsonl", f"data.path={rows}", "data.text_column=text"]
+    if verb == "generate":  # a random model ends no answer
+        kept = [text for text in kept if not text.startswith("generate.max_new_tokens")]
+        return [*kept, "data.eval_fraction=0.2", "generate.max_new_tokens=6", "generate.on_unfinished=keep"]
     kept += [f"data.seq_len={1024 if told.get('data') == 'chat' else 64}", "data.eval_fraction=0.2"]
     if verb in ("train", "plan"):
         kept += [

@@ -18,6 +18,7 @@ from torch import nn
 
 from mini_distill.cli import load_config
 from mini_distill.data.batch import Batch
+from mini_distill.diagnosis import first_rows as first_rows_module
 from mini_distill.diagnosis import models as checks
 from mini_distill.diagnosis import rows as rows_module
 from mini_distill.diagnosis.finding import DOUBTFUL, GOOD, WRONG, Finding
@@ -119,11 +120,39 @@ def test_padding_is_seen_where_nothing_is_packed(tiny_command: list[str]) -> Non
     assert examine(tiny_command, "data.packing=false", "data.seq_len=128")["padding"].verdict == DOUBTFUL
 
 
+def test_of_every_part_of_a_mixture_the_first_rows_are_read(
+    tiny_command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_corpus: Path
+) -> None:
+    """The limit of 200 rows held for all sources but a mixture, whose parts were tokenised whole."""
+    monkeypatch.setattr(first_rows_module, "MOST_ROWS", 20)
+    command = [text for text in tiny_command if not text.startswith("data")]
+    file = tmp_path / "talks.jsonl"
+    talk = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "a cat"}]
+    file.write_text("".join(json.dumps({"messages": talk, "id": i}) + "\n" for i in range(50)))
+    parts = f"{{a: {{source: jsonl, path: {tiny_corpus}}}, b: {{source: jsonl, path: {file}, messages_column: messages, chat_template: chatml}}}}"
+    found = examine(command, "data=mixture", f"data.mixture={parts}", "data.seq_len=64")
+    assert found["rows used"].measured.startswith("40 read, 0 dropped")
+    assert "only the first rows" in found["passes"].measured and "20 of 20" in found["generation prompt"].measured
+
+
+def test_a_large_text_is_not_tokenised_whole(tiny_command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`under a minute` was hours for a file of gigabytes: a text file is one row."""
+    monkeypatch.setattr(first_rows_module, "MOST_CHARACTERS", 2000)
+    file = tmp_path / "large.txt"
+    file.write_text("the cat sat on a mat\n" * 5000)
+    found = examine([text for text in tiny_command if not text.startswith("data")], "data=text", f"data.path={file}", "data.seq_len=32")
+    assert "of 2,002 tokens are learned" in found["supervised tokens"].measured
+    assert "only the first rows" in found["passes"].measured
+
+
+def test_where_all_rows_are_few_the_passes_are_known(tiny_command: list[str]) -> None:
+    assert "passes over" in examine(tiny_command)["passes"].measured
+
+
 @pytest.mark.parametrize(("last", "supervised", "verdict"), [(2, True, GOOD), (2, False, WRONG), (9, True, WRONG)])
 def test_documents_whose_end_is_not_learned_are_wrong(tiny_tokenizer: Any, last: int, supervised: bool, verdict: str) -> None:
     rows = SimpleNamespace(
-        input_ids=np.array([5, 6, last] * 2),
-        supervised=np.array([True, True, supervised] * 2),
+        tokens={"input_ids": np.array([5, 6, last] * 2), "supervised": np.array([True, True, supervised] * 2)},
         offset=np.array([0, 3, 6]),
         lengths=np.array([3, 3]),
     )

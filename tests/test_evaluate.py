@@ -5,18 +5,23 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from runs import run
+import yaml
+from runs import copy_of, run
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from mini_distill.cli import load_config
-from mini_distill.config import EvaluateCommand
-from mini_distill.errors import MiniDistillError
+from mini_distill.config import DataConfig, EvaluateCommand, FullEvaluationConfig, TeacherConfig
+from mini_distill.errors import ConfigError, MiniDistillError
+from mini_distill.evaluation import efficiency
+from mini_distill.storage import verify_folder
 
 module: Any = importlib.import_module("mini_distill.evaluate")
 QUICK = ["evaluation.speed=false", "evaluation.sample_tokens=4", "evaluation.num_samples=2"]
@@ -37,18 +42,99 @@ def finished(tiny_command: list[str], tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def measured(finished: Path) -> dict[str, Any]:
-    """The run's student, measured over the batches that its training measured."""
-    return evaluate(f"model={finished}", "evaluation.max_batches=2", "evaluation.batch_size=4", *QUICK)
+    """The run's student, measured as it comes: with no setting of how much."""
+    return evaluate(f"model={finished}", *QUICK)
 
 
-def test_a_run_is_measured_with_its_own_teacher_and_data(finished: Path, measured: dict[str, Any]) -> None:
+def test_a_run_is_measured_as_it_measured_itself(finished: Path, measured: dict[str, Any]) -> None:
+    """A run measures some batches of its held-out text, `evaluate` measured all of it: none of the run's figures came out again."""
     summary = json.loads((finished / "summary.json").read_text())
     same = [key for key in summary if key.startswith("eval/")]
     assert len(same) > 12
     assert {key: measured[key] for key in same} == pytest.approx({key: summary[key] for key in same}, rel=1e-6)
+    assert measured["eval/tokens"] < measured["data/held_out_supervised_tokens"]
     assert measured["model/student_parameters"] == summary["model/student_parameters"]
     written = json.loads((finished / "evaluation" / "summary.json").read_text())
     assert written == measured
+
+
+def test_all_of_the_held_out_text_is_measured_where_that_is_asked_for(finished: Path, tmp_path: Path) -> None:
+    found = evaluate(f"model={finished}", "teacher=none", "evaluation.max_batches=null", f"output_dir={tmp_path / 'out'}", *QUICK)
+    assert found["eval/tokens"] == found["data/held_out_supervised_tokens"]
+
+
+def settings_of(*overrides: str) -> EvaluateCommand:
+    return load_config(overrides, "evaluate", EvaluateCommand)
+
+
+def test_a_single_override_changes_that_setting_of_the_run_and_no_other(finished: Path) -> None:
+    """`data.seq_len=64` alone swapped the run's whole data group for the embedded default, and measured the perplexity of another text."""
+    of_run = settings_of(f"model={finished}")
+    given = settings_of(f"model={finished}", "data.seq_len=64", "teacher.dtype=bfloat16", "+data.max_rows=50")
+    assert given.data == replace(of_run.data, seq_len=64, max_rows=50) and given.data.source == "jsonl"
+    assert given.teacher == replace(of_run.teacher, dtype="bfloat16") and given.teacher.kind == "hf"
+    assert (of_run.evaluation.max_batches, of_run.evaluation.batch_size) == (2, 4) and given.evaluation.max_batches is None
+    assert of_run.precision == given.precision == "fp32" and of_run.num_threads == 1
+    assert settings_of(f"model={finished}", "seed=3", "evaluation.max_batches=5").evaluation.max_batches == 5
+
+
+def test_a_group_replaces_that_of_the_run(finished: Path, tiny_corpus: Path) -> None:
+    given = settings_of(f"model={finished}", "data=jsonl", f"data.path={tiny_corpus}", "teacher=embedded")
+    assert given.data == DataConfig(source="jsonl", path=str(tiny_corpus)) and given.teacher == TeacherConfig()
+
+
+def test_parts_of_a_runs_mixture_can_be_changed(finished: Path, tmp_path: Path, tiny_corpus: Path) -> None:
+    mixture = {"a": {"source": "jsonl", "path": str(tiny_corpus)}}
+    run = _with(finished, tmp_path / "run", data={"source": "mixture", "mixture": mixture, "path": None, "text_column": None})
+    given = settings_of(f"model={run}", "data.mixture.a.weight=2").data
+    assert given.mixture == {"a": {"source": "jsonl", "path": str(tiny_corpus), "weight": 2}}
+
+
+def test_a_setting_of_the_teacher_does_not_make_a_strangers_run_trusted(finished: Path, tmp_path: Path) -> None:
+    run = _with(finished, tmp_path / "run", teacher={"trust_remote_code": True})
+    with pytest.raises(ConfigError, match="asks to run code"):
+        settings_of(f"model={run}", "teacher.dtype=float32")
+    assert settings_of(f"model={run}", "teacher.trust_remote_code=true").teacher.trust_remote_code
+    assert not settings_of(f"model={run}", "teacher.trust_remote_code=false").teacher.trust_remote_code
+
+
+def _with(finished: Path, folder: Path, **groups: dict[str, Any]) -> Path:
+    """A copy of a run with other settings."""
+    copy_of(finished, folder)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    for group, settings in groups.items():
+        config[group] |= settings
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def test_figures_of_another_text_go_to_a_folder_of_their_own(finished: Path) -> None:
+    """They replaced those of the run's own text in `<run>/evaluation`, which the report shows."""
+    assert settings_of(f"model={finished}", "data.num_workers=1", "evaluation.top_k=3").output_dir == str(finished / "evaluation")
+    for override in ("data.seq_len=64", "teacher=none", "teacher.path=other"):
+        assert str(settings_of(f"model={finished}", override).output_dir).startswith("evaluations/")
+
+
+def test_a_run_that_is_still_running_is_measured_with_a_warning(finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = copy_of(finished, tmp_path / "run")
+    (run / "status.json").write_text(json.dumps({"state": "running", "step": 3}))
+    settings_of(f"model={run}")
+    (line,) = caplog.messages
+    assert line.startswith(f"{run}: its status is 'running'")
+
+
+def test_all_rows_of_a_file_are_measured_by_naming_it_alone(finished: Path, tiny_corpus: Path, tmp_path: Path) -> None:
+    named = ["data=jsonl", "data.seq_len=32", "teacher=none", *QUICK]
+    alone = evaluate(f"model={finished}", f"data.eval_path={tiny_corpus}", *named, f"output_dir={tmp_path / 'a'}")
+    share = evaluate(f"model={finished}", f"data.path={tiny_corpus}", "data.eval_fraction=1", *named, f"output_dir={tmp_path / 'b'}")
+    assert alone["eval/student_nll"] == share["eval/student_nll"] and alone["eval/tokens"] == share["eval/tokens"]
+    rows = [json.loads(line)["text"] for line in tiny_corpus.read_text().splitlines()]
+    assert alone["eval/tokens"] >= sum(map(len, rows))  # each character is a token here
+
+
+def test_a_share_of_the_rows_is_called_so(finished: Path, tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate(f"model={finished}", "teacher=none", f"output_dir={tmp_path / 'out'}", *QUICK)
+    assert f"They are those of 20 % of the rows of {tiny_corpus} (data.eval_fraction=1: all rows)." in capsys.readouterr().out
 
 
 def test_perplexity_is_that_of_ten_lines(finished: Path, tiny_corpus: Path) -> None:
@@ -76,8 +162,6 @@ def _data(corpus: Path) -> list[str]:
 
 
 def _teacher(finished: Path) -> str:
-    import yaml
-
     return str(yaml.safe_load((finished / "config.yaml").read_text())["teacher"]["path"])
 
 
@@ -121,6 +205,64 @@ def test_speed_memory_and_cost_are_measured(finished: Path) -> None:
         assert found[f"cost/{name}_per_million_tokens"] == pytest.approx(1000 / speed)
         assert found[f"energy/{name}_joules_per_million_tokens_estimate"] == pytest.approx(1e7 / speed)
     assert found["model/student_flops_per_token"] < found["model/teacher_flops_per_token"]
+
+
+def test_what_was_measured_before_a_late_failure_is_there(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Figures were written at the end alone: an evaluation of hours that failed while it timed left nothing."""
+
+    def fail(*_: Any) -> Any:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(module, "timings", fail)
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"sentence_good": "a", "sentence_bad": "b"}\n')
+    with pytest.raises(MemoryError):
+        evaluate(
+            *(f"model={finished}", f"output_dir={tmp_path / 'out'}", "evaluation.num_samples=1", "evaluation.sample_tokens=4"),
+            *(f"evaluation.pairs={{p: {{path: {pairs}}}}}", "evaluation.prompt_tokens=8"),
+        )
+    summary, details = (json.loads((tmp_path / "out" / name).read_text()) for name in ("summary.json", "details.json"))
+    assert {"eval/student_nll", "text/student_distinct_1", "task/p/student", "model/student_weight_bytes"} <= summary.keys()
+    assert {"slices", "tasks", "samples"} <= details.keys() and len(details["samples"]) == 1
+    assert capsys.readouterr().err.strip().endswith(f"What was measured before: {tmp_path / 'out' / 'summary.json'}")
+
+
+@pytest.mark.parametrize(
+    ("code", "line"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "was killed (SIGKILL), for want of memory most likely"),
+        ("raise MemoryError('no room')", "ended with 'MemoryError: no room'"),
+    ],
+)
+def test_a_peak_of_memory_that_cannot_be_measured_is_left_out_with_a_line(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: str, line: str
+) -> None:
+    """The process that loads the model once more found no memory, and the evaluation ended in a traceback of CalledProcessError."""
+    real = subprocess.run
+    monkeypatch.setattr(efficiency.subprocess, "run", lambda command, **options: real([command[0], "-c", code], **options))
+    found = efficiency.peak_memory("teacher", efficiency.Origin(str(finished / "student")), FullEvaluationConfig(), "cpu")
+    assert found is None and caplog.messages == [f"the peak memory of the teacher is left out: the process that measures it {line}"]
+
+
+def test_the_model_cards_of_the_run_and_its_student_learn_of_an_evaluation(finished: Path, tmp_path: Path) -> None:
+    run, pairs = copy_of(finished, tmp_path / "run"), tmp_path / "pairs.jsonl"
+    pairs.write_text('{"sentence_good": "a", "sentence_bad": "b"}\n')
+    cards = [run / "README.md", run / "student" / "README.md"]
+    before = [card.read_text() for card in cards]
+    tasks = [f"model={run}", f"evaluation.pairs={{pairs: {{path: {pairs}}}}}", *QUICK]
+    for elsewhere in ("data.seq_len=64", "teacher=none"):
+        evaluate(*tasks, elsewhere, f"output_dir={run / 'evaluation'}")
+    evaluate(*tasks, f"output_dir={tmp_path / 'out'}")
+    assert [card.read_text() for card in cards] == before
+    evaluate(*tasks)
+    for card, old in zip(cards, before, strict=True):
+        assert "| pairs |" in card.read_text() and "safety and bias were not evaluated" in old
+    assert not verify_folder(run / "student")
+    mine = [card.write_text("My own words.\n") for card in cards[:1]]
+    evaluate(*tasks)
+    assert mine and cards[0].read_text() == "My own words.\n"
 
 
 def test_operations_are_those_of_the_matrix_products(tiny_llama: Callable[..., Any]) -> None:

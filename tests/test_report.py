@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from measured_folders import details, rows, status, summary, write_run
 import mini_distill as md
 from mini_distill.errors import MiniDistillError
 from mini_distill.report import main, report
+from mini_distill.reporting.measured import open_measured
 
 
 def error_of(*arguments: Path | str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -127,7 +130,9 @@ def test_a_run_is_taken_with_what_evaluate_measured_of_it_later(tmp_path: Path) 
     write_run(run / "evaluation", summary=later, status=None, details=details("unmistakable"))
     page = report([run]).read_text(encoding="utf-8")
     assert "blimp" in page and "77,777" in page and "unmistakable" in page
-    assert 'data-key="eval/student_nll eval/teacher_nll">1.000<' in page  # of the run itself, to which before and control belong
+    assert re.search(
+        'data-key="eval/student_nll eval/teacher_nll"[^>]*>1.000<', page
+    )  # of the run itself, to which before and control belong
 
 
 def test_an_evaluation_older_than_the_run_is_left_out_and_the_page_says_so(tmp_path: Path) -> None:
@@ -136,6 +141,46 @@ def test_an_evaluation_older_than_the_run_is_left_out_and_the_page_says_so(tmp_p
     os.utime(run / "evaluation" / "summary.json", (1, 1))
     page = report([run]).read_text(encoding="utf-8")
     assert "task/other" not in page and "older than the run" in page
+
+
+def test_an_evaluation_of_other_data_is_left_out_and_the_page_says_so(tmp_path: Path) -> None:
+    """Whatever lay in `evaluation/` and was newer stood under the run's headline: figures of one text beside those of another."""
+    run = write_run(tmp_path / "run")
+    other = {"task/other/student": 0.5, "perf/student_tokens_per_second": 77777.0}
+    write_run(run / "evaluation", "data.seq_len=64", summary=other, status=None, details=details("unmistakable"))
+    page = report([run]).read_text(encoding="utf-8")
+    assert "task/other" not in page and "77,777" not in page and "unmistakable" not in page
+    assert "was measured otherwise (data.seq_len is 64, and 256 in the run)" in page
+    assert "unmistakable" in report([run / "evaluation"]).read_text(encoding="utf-8")  # on a page of its own, with its data
+    for settings in ("teacher=none", "teacher.revision=abc"):
+        shutil.rmtree(run / "evaluation")
+        write_run(run / "evaluation", settings, summary=other, status=None)
+        assert open_measured(run).evaluation.startswith("evaluation/ was measured otherwise (teacher.")
+
+
+def test_where_an_evaluation_ran_makes_no_difference(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    write_run(run / "evaluation", "data.num_workers=2", "teacher.device=cpu", summary={"task/other/student": 0.5}, status=None)
+    assert open_measured(run).is_evaluated
+
+
+def test_an_evaluation_that_does_not_say_what_it_measured_is_left_out(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    write_run(run / "evaluation", summary={"task/other/student": 0.5}, status=None)
+    (run / "evaluation" / "config.yaml").unlink()
+    found = open_measured(run)
+    assert "task/other/student" not in found.summary and "does not say what" in found.evaluation
+
+
+def test_of_an_evaluation_over_fewer_tokens_only_what_depends_on_no_text_is_taken(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    fewer = summary(3.1, 8) | {"eval/tokens": 4096.0, "eval/rank_correlation": 0.5, "perf/student_tokens_per_second": 77777.0}
+    write_run(run / "evaluation", summary=fewer, status=None, details=details("unmistakable"))
+    found = open_measured(run)
+    assert found.value("perf/student_tokens_per_second") == 77777.0 and found.value("eval/student_nll") == 3.5
+    assert found.value("eval/rank_correlation") is None and found.value("eval/tokens") == 40960.0
+    assert "unmistakable" in str(found.details["samples"]) and "unmistakable" not in str(found.details["differences"])
+    assert "it measured 4,096 tokens and the run 40,960" in found.evaluation
 
 
 def test_rows_in_any_order_and_numbers_that_are_not_finite_are_read(tmp_path: Path) -> None:

@@ -18,8 +18,11 @@ from mini_distill.storage import (
     atomic_write_text,
     check_writable,
     make_readable,
+    open_regular,
+    read_regular,
     remove_folder,
     remove_stale_temporaries,
+    replace_in_folder,
     storage_errors,
     verify_folder,
 )
@@ -37,6 +40,30 @@ def content(path: Path) -> str | None:
 
 
 # -------------------------------------------------------------------------------------------------------------------- one file
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_only_regular_files_are_opened(kind: str, tmp_path: Path) -> None:
+    """Opening a pipe waits for whoever is at its other end, who may never come; reading a device never ends."""
+    file = tmp_path / "file"
+    {"pipe": lambda: os.mkfifo(file), "device": lambda: file.symlink_to("/dev/zero"), "folder": file.mkdir}[kind]()
+    for flags in (os.O_RDONLY, os.O_RDWR | os.O_CREAT | os.O_APPEND):
+        before = len(os.listdir("/proc/self/fd"))
+        with (
+            pytest.raises(StorageError, match=rf"^{file}: cannot open: (not a regular file|Is a directory)\."),
+            storage_errors(file, "open"),
+        ):
+            open_regular(file, flags)
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_regular_file_is_read_also_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "there").write_bytes(b"content")
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    assert read_regular(tmp_path / "link") == b"content"
+    with pytest.raises(FileNotFoundError):
+        read_regular(tmp_path / "nowhere")
 
 
 def test_a_text_file_is_replaced_and_nothing_else_stays_behind(tmp_path: Path) -> None:
@@ -197,6 +224,22 @@ def test_an_io_error_wrapped_by_a_rust_library_is_a_storage_error(tmp_path: Path
         raise Exception("Error while serializing: I/O error: No space left on device (os error 28)")
     with pytest.raises(ZeroDivisionError), storage_errors(tmp_path, "write"):
         _ = 1 / 0
+
+
+def test_a_file_is_replaced_in_a_folder_that_stays_whole(tmp_path: Path) -> None:
+    build(tmp_path / "folder")
+    other = (tmp_path / "folder" / "inner" / "b.txt").stat().st_ino
+    replace_in_folder(tmp_path / "folder", "a.txt", "newer é\n")
+    assert content(tmp_path / "folder") == "newer é\n" and not verify_folder(tmp_path / "folder")
+    assert (tmp_path / "folder" / "inner" / "b.txt").stat().st_ino == other  # not copied
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_without_hard_links_the_other_files_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(tmp_path / "folder")
+    monkeypatch.setattr(os, "link", _raiser(errno.EPERM))
+    replace_in_folder(tmp_path / "folder", "a.txt", "newer")
+    assert content(tmp_path / "folder") == "newer" and not verify_folder(tmp_path / "folder")
 
 
 def test_a_removed_folder_disappears_from_its_name_at_once(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def _cut(row: Row, config: DataConfig) -> list[SidedRow]:
     """A text that is alone, cut at a line break so that its end is held out; empty where it cannot be."""
     column = columns_of(config)[-1]
     text = row.columns[column]
-    if config.prompt_column or config.messages_column or config.eval_fraction == 0 or not isinstance(text, str):
+    if config.prompt_column or config.messages_column or config.eval_fraction in (0, 1) or not isinstance(text, str):
         return []
     at = text.find("\n", round(len(text) * (1 - config.eval_fraction))) + 1
     if not text[:at].strip() or not text[at:].strip():

@@ -6,10 +6,11 @@ import fcntl
 import hashlib
 import json
 import logging
+import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from transformers import PreTrainedTokenizerBase
 from ..config import DataConfig
 from ..contract import mixture_parts
 from ..errors import DataError
+from ..imported_code import code_fingerprint
 from ..onlooker import bar
-from ..storage import atomic_folder, remove_stale_temporaries, storage_errors, user_cache, verify_folder
+from ..storage import atomic_folder, open_regular, remove_stale_temporaries, storage_errors, user_cache, verify_folder
 from .held_out import HELD_OUT, OVERLAP, TRAIN, SidedRow, split_rows
 from .mixing import Mixture
 from .order import Stream
@@ -31,11 +33,15 @@ from .sequences import Sequences
 from .sources import Source, open_source
 from .token_rows import TokenRows, TokenRowsWriter
 
-FORMAT = 2  # of the prepared folder
+FORMAT = 2  # of the rendering: what rows become
+LAYOUT = "tokens with checksums"  # of the prepared folder: where what they became is found
 ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 256, 2**22
 SIDES = (TRAIN, HELD_OUT)
 HARMLESS = ("empty", "other encoding")
 """Reasons for which a row is left out and counted, and that no one needs to hear of."""
+
+Opening = Callable[..., Source]
+"""As `open_source`."""
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +70,13 @@ class PreparedData:
 
 
 def prepare_data(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, show_progress: bool = True, where: str = "data"
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    show_progress: bool = True,
+    where: str = "data",
+    to_measure: bool = False,
+    opening: Opening = open_source,
 ) -> PreparedData:
     """Read, render, split, store and pack the data of a run.
 
@@ -76,14 +88,16 @@ def prepare_data(
         tokenizer: Of teacher and student.
         show_progress: Whether to draw a progress bar (on a terminal).
         where: The path of the settings, for messages.
+        to_measure: Nobody trains on it: there need be no training rows, and of an `eval_path` without a `path` all rows are held out.
+        opening: What opens the sources; another one may give some of their rows.
 
     Raises:
         DataError: the source cannot be read, a row is malformed (with `on_bad_row=error`), or nothing is left to train on.
         StorageError: the tokenised data cannot be written.
     """
     if config.source == "mixture":
-        return _prepare_mixture(config, tokenizer, show_progress, where)
-    job = _open(config, tokenizer, where)
+        return _prepare_mixture(config, tokenizer, where, show_progress=show_progress, to_measure=to_measure, opening=opening)
+    job = _open(_all_held_out(config) if to_measure else config, tokenizer, where, to_measure, opening)
     with _alone_with(job.folder):
         if not _is_good(job.folder):
             _build(job, show_progress)
@@ -97,14 +111,14 @@ def training_rows(config: DataConfig) -> Iterator[Row]:
 
 
 def column_of_rows(config: DataConfig, column: str) -> dict[str, str]:
-    """The values of a column by the origin of their row, of all rows that may be held out; rows without it are left out.
+    """The values of a column by the origin of their row, of all rows that may be measured; rows without it are left out.
 
     Raises:
         DataError: no row has the column, or the data are a mixture.
     """
     if config.source == "mixture":
         raise DataError("evaluation.group_by", "the data are a mixture, which is split by its parts already", "Leave it out.")
-    sources = [source for source in _open_sources(config, "data") if source is not None]
+    sources = [source for source in _open_sources(_all_held_out(config), "data") if source is not None]
     rows = [row for source in sources for row in source.rows() if isinstance(row, Row)]
     if not any(column in row.columns for row in rows):
         there = ", ".join(sorted({name for row in rows[:100] for name in row.columns})) or "none"
@@ -138,6 +152,7 @@ class _Job:
     held_out: Source | None
     where: str
     sources: dict[str, Any]
+    to_measure: bool = False
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -148,24 +163,34 @@ class _Job:
             "max_rows": self.config.max_rows,
             "on_bad_row": self.config.on_bad_row,
         }
-        return {**self.sources, **own}
+        code = {"code": code_fingerprint(self.config.source)} if "." in self.config.source else {}  # a class of the user's
+        return {**self.sources, **own, **code}
 
     @property
     def folder(self) -> Path:
         # A copy of the same files elsewhere is the same data, but its rows have other origins.
-        return cache_folder(self.config) / _digest([self.parts, self.config.path, self.config.eval_path])[:32]
+        return cache_folder(self.config) / _digest([self.parts, self.config.path, self.config.eval_path, LAYOUT])[:32]
 
 
-def _open(config: DataConfig, tokenizer: PreTrainedTokenizerBase, where: str) -> _Job:
+def _open(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, where: str, to_measure: bool = False, opening: Opening = open_source
+) -> _Job:
     renderer = Renderer(config, tokenizer, where)
-    source, held_out = _open_sources(config, where)
-    return _Job(config, tokenizer, renderer, source, held_out, where, _fingerprints(source, held_out))
+    source, held_out = _open_sources(config, where, opening)
+    return _Job(config, tokenizer, renderer, source, held_out, where, _fingerprints(source, held_out), to_measure)
 
 
-def _open_sources(config: DataConfig, where: str) -> tuple[Source, Source | None]:
-    """The source, and that of the held-out rows where they have one of their own."""
+def _all_held_out(config: DataConfig) -> DataConfig:
+    """What is measured where rows to measure on are named and none to train on."""
+    return config if config.path is not None or config.eval_path is None else replace(config, eval_fraction=1.0)
+
+
+def _open_sources(config: DataConfig, where: str, opening: Opening = open_source) -> tuple[Source, Source | None]:
+    """The source, and that of the held-out rows where they have one of their own besides."""
+    if config.path is None and config.eval_path is not None and config.eval_fraction == 1:
+        return opening(config, where, held_out=True), None
     has_own = config.eval_path is not None or config.eval_split is not None
-    return open_source(config, where), open_source(config, where, held_out=True) if has_own else None
+    return opening(config, where), opening(config, where, held_out=True) if has_own else None
 
 
 def _fingerprints(source: Source, held_out: Source | None) -> dict[str, Any]:
@@ -181,7 +206,7 @@ def _alone_with(folder: Path) -> Iterator[None]:
     file = folder.parent / "locks" / folder.name
     with storage_errors(file, "lock the tokenised data"):
         file.parent.mkdir(parents=True, exist_ok=True)
-        opened = open(file, "ab")  # noqa: SIM115
+        opened = os.fdopen(open_regular(file, os.O_WRONLY | os.O_CREAT), "wb")
     with opened:
         with suppress(OSError):
             fcntl.flock(opened, fcntl.LOCK_EX)  # the kernel opens it again however this process ends
@@ -283,9 +308,8 @@ def _pack_sides(job: _Job) -> PreparedData:
     counts: Counter[str] = Counter(json.loads((job.folder / "report.json").read_text(encoding="utf-8")))
     on_long_row = config.on_long_row if config.on_long_row != "auto" else ("truncate" if job.renderer.has_prompt else "split")
     train, held_out = (_sequences(TokenRows(job.folder, side), job, on_long_row, counts) for side in SIDES)
-    if len(train) == 0:
-        setting = f"{where}.path" if config.path else f"{where}.source"
-        raise DataError(setting, f"nothing to train on ({_reasons(counts)})", f"Look at the rows, their columns and {where}.seq_len.")
+    if len(train) == 0 and not (job.to_measure and len(held_out)):
+        raise _nothing_of(job, counts)
     if len(held_out) == 0 and (config.eval_fraction > 0 or job.held_out is not None):
         raise _nothing_held_out(job, counts)
     report = _report(counts, train, held_out, where)
@@ -320,12 +344,24 @@ def _too_long(rows: TokenRows, row: int, job: _Job) -> DataError:
     return DataError(rows.origin(row), what, f"Raise {job.where}.seq_len, or set {job.where}.on_long_row=split, truncate or drop.")
 
 
+def _nothing_of(job: _Job, counts: Counter[str]) -> DataError:
+    """No row is of any use."""
+    named = [name for name in ("path", "eval_path") if getattr(job.config, name)]
+    what = f"nothing to {'measure' if job.to_measure else 'train'} on ({_reasons(counts)})"
+    return DataError(f"{job.where}.{[*named, 'source'][0]}", what, f"Look at the rows, their columns and {job.where}.seq_len.")
+
+
 def _nothing_held_out(job: _Job, counts: Counter[str]) -> DataError:
     where = job.where
     if job.held_out is not None:
         setting = f"{where}.eval_path" if job.config.eval_path else f"{where}.eval_split"
-        return DataError(setting, f"nothing to evaluate on ({_reasons(counts)})", "Name rows that are not in the training data.")
+        remedy = "Name rows that are not in the training data."
+        if job.to_measure and job.config.eval_path:
+            remedy = f"Name rows that are not in {where}.path, or set {where}.path=null to measure them all the same."
+        return DataError(setting, f"nothing to evaluate on ({_reasons(counts)})", remedy)
     remedy = f"Raise {where}.eval_fraction, name {where}.eval_path, or set {where}.eval_fraction=0 for no evaluation."
+    if job.to_measure:
+        remedy = f"Set {where}.eval_fraction=1 to measure all of them, or name {where}.eval_path."
     what = f"got {job.config.eval_fraction}, and none of the rows is held out ({_reasons(counts)})"
     return DataError(f"{where}.eval_fraction", what, remedy)
 
@@ -354,12 +390,9 @@ def _reasons(counts: Counter[str]) -> str:
 # -------------------------------------------------------------------------------------------------------------------- mixtures
 
 
-def _prepare_mixture(config: DataConfig, tokenizer: PreTrainedTokenizerBase, show_progress: bool, where: str) -> PreparedData:
+def _prepare_mixture(config: DataConfig, tokenizer: PreTrainedTokenizerBase, where: str, **options: Any) -> PreparedData:
     parts = mixture_parts(config)
-    prepared = {
-        name: prepare_data(part, tokenizer, show_progress=show_progress, where=f"{where}.mixture.{name}")
-        for name, (part, _) in parts.items()
-    }
+    prepared = {name: prepare_data(part, tokenizer, where=f"{where}.mixture.{name}", **options) for name, (part, _) in parts.items()}
     weights = {name: weight for name, (_, weight) in parts.items()}
     held_out = {name: part.held_out for name, part in prepared.items() if part.held_out is not None}
     return PreparedData(

@@ -22,13 +22,13 @@ class Question:
     group: str
 
 
-def read_questions(config: ChoicesConfig, where: str, limit: int | None = None) -> list[Question]:
-    """The questions of a task.
+def read_questions(config: ChoicesConfig, where: str, limit: int | None = None, seed: int = 0) -> list[Question]:
+    """The questions of a task (`limit` of them).
 
     Raises:
         DataError: a file cannot be read, or a row has not what it needs.
     """
-    return [_question(row, config) for row in read_rows(str(config.path), f"{where}.path", limit)]
+    return [_question(row, config) for row in read_rows(str(config.path), f"{where}.path", limit, seed)]
 
 
 def _question(row: Row, config: ChoicesConfig) -> Question:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -21,11 +24,14 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ..config import FullEvaluationConfig
 from ..errors import ConfigError
+from ..models.generation import generating_with
+from ..redaction import redact_text
 from .isolation import without_side_effects
-from .samples import generating_with
 
 ROUNDS = 5
 MILLION = 1e6
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -118,10 +124,11 @@ def check_length(name: str, model: PreTrainedModel, config: FullEvaluationConfig
         raise ConfigError("evaluation.prompt_tokens", what, "Choose less, or evaluation.speed=false.")
 
 
-def peak_memory(origin: Origin, config: FullEvaluationConfig, device: str) -> float:
+def peak_memory(name: str, origin: Origin, config: FullEvaluationConfig, device: str) -> float | None:
     """Bytes that loading the model, reading a prompt and writing take at most, in a process of their own.
 
-    On a CPU resident memory above that of the process before loading; on a GPU what torch allocates.
+    On a CPU resident memory above that of the process before loading; on a GPU what torch allocates. None where that process fails:
+    beside the models here there may be no room for another; a warning says so.
     """
     task = {
         "origin": asdict(origin),
@@ -130,8 +137,18 @@ def peak_memory(origin: Origin, config: FullEvaluationConfig, device: str) -> fl
         "generation_tokens": config.generation_tokens,
     }
     command = [sys.executable, "-m", "mini_distill.evaluation.memory", json.dumps(task)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        logger.warning("the peak memory of the %s is left out: the process that measures it %s", name, _end_of(ended))
+        return None
     return float(ended.stdout.strip().splitlines()[-1])
+
+
+def _end_of(process: subprocess.CompletedProcess[str]) -> str:
+    """How a process failed, in one line."""
+    if process.returncode < 0:
+        return f"was killed ({signal.Signals(-process.returncode).name}), for want of memory most likely"
+    return f"ended with '{shorten(redact_text(process.stderr.strip().rpartition(chr(10))[2]), width=200, placeholder=' …')}'"
 
 
 def cost_and_energy(found: Mapping[str, float], config: FullEvaluationConfig, names: list[str]) -> dict[str, float]:

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..models.loading import load_causal_lm
+from ..models.loading import load_causal_lm, weightless_causal_lm
 from .efficiency import Origin, write
 
 KILOBYTE = 1 if sys.platform == "darwin" else 1024  # what ru_maxrss counts in
@@ -32,9 +31,7 @@ def main(task: dict[str, Any]) -> None:
 
 def _import_its_code(origin: Origin) -> None:
     """Python code of the architecture is no memory of the model: it is imported by making one without weights."""
-    where = {"revision": origin.revision, "trust_remote_code": origin.trust_remote_code}
-    with torch.device("meta"):
-        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(origin.path, **where), trust_remote_code=origin.trust_remote_code)
+    weightless_causal_lm(**vars(origin), where="model")
 
 
 def _start_measuring() -> int:

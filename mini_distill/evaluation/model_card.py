@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..config import Config, DataConfig, TeacherConfig
 from ..redaction import redact_text
 from ..storage import atomic_write_text
 from .samples import Sample, printable
-from .table import markdown_table
+from .table import FROM_HALF, markdown_table, markdown_tasks, scores_of_tasks
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -60,16 +61,48 @@ def write_model_card(facts: CardFacts, folder: Path) -> Path:
 
 def model_card(facts: CardFacts) -> ModelCard:
     """The card, with its metadata for the hub."""
+    config = facts.config
     sections = [
         f"# {escape(facts.title)}",
         *_introduction(facts),
-        *_figures(facts),
+        _measured(config.data, config.teacher.kind, facts.summary, facts.held_out_sequences),
         *_samples(facts),
-        *_limits(facts),
         *_licence(facts),
         *_usage(),
     ]
     return ModelCard(f"---\n{_metadata(facts).to_yaml()}\n---\n\n" + "\n\n".join(sections))
+
+
+BEGIN, END = "<!-- measured: python -m mini_distill.evaluate rewrites what follows -->", "<!-- end of what was measured -->"
+"""Around figures and limits. No text of models, data or settings can hold them, since theirs is escaped."""
+
+
+def with_evaluation(card: str, data: DataConfig, teacher_kind: str, summary: Mapping[str, Any], held_out_sequences: int) -> str | None:
+    """A model card whose figures and limits are those of a run that has been evaluated; all else in it stays, whoever wrote it.
+
+    Args:
+        card: The text of a README.md.
+        data: What the run was trained and measured on.
+        teacher_kind: Of its teacher.
+        summary: The run's figures, with those of its evaluation.
+        held_out_sequences: Size of the held-out text.
+
+    Returns:
+        The new text; None where the card has no such part, or is none that the hub could read.
+    """
+    try:
+        found = ModelCard(card)
+    except (ValueError, TypeError, yaml.YAMLError):
+        return None
+    before, begin, rest = found.text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        return None
+    found.text = before + _measured(data, teacher_kind, summary, held_out_sequences, evaluated=True) + after
+    metadata: Any = found.data  # its attributes are what the card's header has
+    metadata.eval_results = list(_eval_results(data, summary))
+    metadata.model_name = metadata.model_name or "student"
+    return str(found)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- metadata
@@ -84,7 +117,7 @@ def _metadata(facts: CardFacts) -> ModelCardData:
         tags=["mini_distill", *(["knowledge-distillation"] if teacher.kind != "none" else [])],
         base_model=[path for path in _origins(facts.config) if _is_hub_id(path)] or None,
         datasets=[data.path] if data.source == "hub" and data.path is not None and _is_hub_id(data.path) else None,
-        eval_results=list(_eval_results(facts)),
+        eval_results=list(_eval_results(data, facts.summary)),
         license=_licence_of(facts.config),
         license_name="same-as-base-model" if _licence_of(facts.config) == "other" else None,
     )
@@ -99,10 +132,9 @@ def _is_hub_id(path: str | None) -> bool:
     return path is not None and HUB_ID.fullmatch(path) is not None and not Path(path).exists()
 
 
-def _eval_results(facts: CardFacts) -> Iterator[EvalResult]:
-    data = facts.config.data
+def _eval_results(data: DataConfig, summary: Mapping[str, Any]) -> Iterator[EvalResult]:
     for metric, name in (("perplexity", "Perplexity"), ("bits_per_byte", "Bits per byte")):
-        value = facts.summary.get(f"eval/student_{metric}")
+        value = summary.get(f"eval/student_{metric}")
         if value is not None and math.isfinite(value):
             yield EvalResult(
                 task_type="text-generation",
@@ -112,6 +144,16 @@ def _eval_results(facts: CardFacts) -> Iterator[EvalResult]:
                 metric_name=name,
                 metric_value=round(value, 5),
             )
+    for task, value in scores_of_tasks(summary):
+        metric = "stereotype_score" if f"task/{task}/student{FROM_HALF}" in summary else "score"
+        yield EvalResult(
+            task_type="text-generation",
+            dataset_type=task,
+            dataset_name=task,
+            metric_type=metric,
+            metric_name=metric.replace("_", " ").capitalize(),
+            metric_value=round(value, 5),
+        )
 
 
 def _licence_of(config: Config) -> str | None:
@@ -182,13 +224,28 @@ def _data_name(data: DataConfig) -> str:
     return " / ".join(part for part in parts if part) + revision
 
 
-def _figures(facts: CardFacts) -> Iterator[str]:
+def _measured(
+    data: DataConfig, teacher_kind: str, summary: Mapping[str, Any], held_out_sequences: int | None, evaluated: bool = False
+) -> str:
+    """Figures, tasks and limits, between the marks by which `with_evaluation` finds them again."""
+    sections = [*_figures(summary, evaluated), *_tasks(summary), *_limits(data, teacher_kind, summary, held_out_sequences)]
+    return "\n\n".join([BEGIN, *sections, END])
+
+
+def _figures(summary: Mapping[str, Any], evaluated: bool) -> Iterator[str]:
     yield "## Figures"
-    yield markdown_table(facts.summary)
+    yield markdown_table(summary)
+    speed = "Speed and memory were measured" if evaluated else "Reading speed was measured"
     yield (
         "KL is KL(teacher‖student) in nats per token at temperature 1. The calibration error is the expected calibration error of the "
-        "most probable token (15 bins). Reading speed was measured on the machine that trained the student."
+        f"most probable token (15 bins). {speed} on the machine that {'evaluated' if evaluated else 'trained'} the student."
     )
+
+
+def _tasks(summary: Mapping[str, Any]) -> Iterator[str]:
+    if scores_of_tasks(summary):
+        yield "## Tasks"
+        yield markdown_tasks(summary, escape)
 
 
 def _samples(facts: CardFacts) -> Iterator[str]:
@@ -204,26 +261,35 @@ def _samples(facts: CardFacts) -> Iterator[str]:
             yield f"**{escape(name)}**\n\n<pre>\n{html.escape(printable(text), quote=False)}\n</pre>"
 
 
-def _limits(facts: CardFacts) -> Iterator[str]:
-    data = facts.config.data
+def _limits(data: DataConfig, teacher_kind: str, summary: Mapping[str, Any], held_out_sequences: int | None) -> Iterator[str]:
     kind = (
         "Python source code with English comments"
         if data.source == "python_stdlib"
         else f"the language and domain of {escape(_data_name(data))}"
     )
-    size = f"{facts.summary['eval/tokens']:,.0f} supervised tokens" if "eval/tokens" in facts.summary else "no tokens at all"
-    if facts.held_out_sequences is not None:
-        size += f" of a held-out part of {facts.held_out_sequences:,} sequences"
+    size = f"{summary['eval/tokens']:,.0f} supervised tokens" if "eval/tokens" in summary else "no tokens at all"
+    if held_out_sequences is not None:
+        size += f" of a held-out part of {held_out_sequences:,} sequences"
+    inherited = (
+        "what is wrong or harmful in the teacher and in the data" if teacher_kind != "none" else "what is wrong or harmful in the data"
+    )
     yield "## Limits"
     limits = [
-        f"The training text was {kind}; nothing is known about the student elsewhere.",
+        f"The training text was {kind}; nothing is known about the student elsewhere{' but for the tasks' if scores_of_tasks(summary) else ''}.",
         f"The figures come from {size} of the same source, and from one run with one seed: they have no error bars.",
         "Perplexities compare only between models with the same tokenizer; bits per byte compare across tokenizers.",
-        "Facts, instructions, safety and bias were not evaluated. It may repeat what is wrong or harmful in the teacher and in the data.",
+        f"{_not_evaluated(summary)} It may repeat {inherited}.",
     ]
-    if facts.config.teacher.kind == "none":
-        limits[3] = "Facts, instructions, safety and bias were not evaluated. It may repeat what is wrong or harmful in the data."
     yield "\n".join(f"- {limit}" for limit in limits)
+
+
+def _not_evaluated(summary: Mapping[str, Any]) -> str:
+    """What no figure says anything about."""
+    if not scores_of_tasks(summary):
+        return "Facts, instructions, safety and bias were not evaluated."
+    if any(key.endswith(FROM_HALF) for key in summary):
+        return "Of bias the stereotype scores above are all that is known; beyond the tasks above, facts, instructions and safety were not evaluated."
+    return "Beyond the tasks above, facts, instructions, safety and bias were not evaluated."
 
 
 def _licence(facts: CardFacts) -> Iterator[str]:

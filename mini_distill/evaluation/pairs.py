@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
+from random import Random
 
 from ..config import PairsConfig
 from ..data.row import Row, RowError
@@ -42,16 +43,20 @@ class Pair:
     group: str
 
 
-def read_rows(path: str, where: str, limit: int | None = None) -> list[Row]:
-    """The first rows of some tables.
+def read_rows(path: str, where: str, limit: int | None = None, seed: int = 0) -> list[Row]:
+    """The rows of some tables; where there are more than `limit`, so many of them, drawn over all files, in their order.
+
+    The first ones would be those of a few groups: files of BLiMP are a paradigm each.
 
     Raises:
         DataError: there is no such file, a row is malformed, or there is none.
     """
-    rows = list(islice(_good(Tables(find_files(path, TABLE_SUFFIXES, where)).rows()), limit))
+    rows = list(_good(Tables(find_files(path, TABLE_SUFFIXES, where)).rows()))
     if not rows:
         raise DataError(where, f"no row in '{path}'", "Name a file with rows.")
-    return rows
+    if limit is None or limit >= len(rows):
+        return rows
+    return [rows[i] for i in sorted(Random(seed).sample(range(len(rows)), limit))]
 
 
 def _good(rows: Iterable[Row | RowError]) -> Iterable[Row]:
@@ -61,13 +66,13 @@ def _good(rows: Iterable[Row | RowError]) -> Iterable[Row]:
         yield row
 
 
-def read_pairs(config: PairsConfig, where: str, limit: int | None = None) -> tuple[list[Pair], str]:
-    """The pairs of a task (its first `limit`), and its kind: accuracy or stereotype.
+def read_pairs(config: PairsConfig, where: str, limit: int | None = None, seed: int = 0) -> tuple[list[Pair], str]:
+    """The pairs of a task (`limit` of them), and its kind: accuracy or stereotype.
 
     Raises:
         DataError: a file cannot be read, has no such columns, or a sentence is empty.
     """
-    rows = read_rows(str(config.path), f"{where}.path", limit)
+    rows = read_rows(str(config.path), f"{where}.path", limit, seed)
     form = _form(config, rows[0], where)
     pairs = [Pair(form.prefix + text_of(row, form.better), form.prefix + text_of(row, form.worse), _group(row, form.group)) for row in rows]
     return pairs, form.kind
@@ -111,6 +116,11 @@ def text_of(row: Row, column: str) -> str:
 def preferred(better: Sequence[float], worse: Sequence[float]) -> list[float]:
     """1 where the better sentence is likelier, 0 where the worse one is, ½ where they are equally likely."""
     return [1.0 if b > w else 0.5 if b == w else 0.0 for b, w in zip(better, worse, strict=True)]
+
+
+def standard_error(mean: float, items: int) -> float:
+    """Of a share of right answers."""
+    return math.sqrt(mean * (1 - mean) / items)
 
 
 def mean_of_groups(groups: Sequence[str], scores: Sequence[float]) -> dict[str, tuple[float, int]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..storage import size_text
+from .printable import printable
 
 MISSING = "–"
 
@@ -86,7 +87,7 @@ ROWS = (
     _measured("cost of a million tokens", "cost", "per_million_tokens", decimals(4)),
     _measured("joules per million tokens (estimate)", "energy", "joules_per_million_tokens_estimate", count),
     _measured("repeated 4-grams in generations", "text", "repetition", percent),
-    _measured("distinct word pairs in generations", "text", "distinct_2", percent),
+    _measured("distinct token pairs in generations", "text", "distinct_2", percent),
 )
 COLUMNS = ("teacher", "student before", "control", "student after")
 TASKS = "task/"
@@ -107,8 +108,9 @@ def _cell(summary: Mapping[str, Any], key: str, text: Callable[[float], str]) ->
 
 
 def _footnote(summary: Mapping[str, Any]) -> str:
-    tokens, gap = summary.get("eval/tokens"), summary.get("control/gap_closed")
-    notes = [] if tokens is None else [f"Measured over {tokens:,.0f} held-out tokens."]
+    tokens, there, gap = (summary.get(key) for key in ("eval/tokens", "data/held_out_supervised_tokens", "control/gap_closed"))
+    part = f" of {there:,.0f}" if tokens is not None and there is not None and tokens < there else ""
+    notes = [] if tokens is None else [f"Measured over {tokens:,.0f}{part} held-out tokens{' (evaluation.max_batches)' if part else ''}."]
     if gap is not None:
         notes.append(f"Of the gap between the control (the same student without the teacher) and the teacher, {percent(gap)} is closed.")
     return " ".join(notes)
@@ -133,23 +135,68 @@ def _aligned(cells: list[list[str]]) -> str:
 
 
 def format_tasks(summary: Mapping[str, Any]) -> str:
-    """What the models got on each task, and on each group of it: `task/<name>/<model>` and `task/<name>/<group>/<model>`."""
-    scores: dict[str, dict[str, float]] = {}
-    for key, value in summary.items():
-        task, _, model = key.removeprefix(TASKS).rpartition("/")
-        if key.startswith(TASKS) and model in ("teacher", "student"):
-            scores.setdefault(task, {})[model] = value
-    models = [name for name in ("teacher", "student") if any(name in of_task for of_task in scores.values())]
-    cells = [
-        ["task", *models],
-        *([task, *(percent(of_task[m]) if m in of_task else MISSING for m in models)] for task, of_task in scores.items()),
+    """What the models got on each task, and on each group of it, for a terminal; stereotype scores with their distance from 50 %."""
+    return "\n\n".join([*map(_aligned, _task_cells(summary, printable)), _task_note(summary)])
+
+
+def markdown_tasks(summary: Mapping[str, Any], spelt: Callable[[str], str]) -> str:
+    """The same for a model card; `spelt` makes Markdown of a name, which may be a stranger's."""
+    return "\n\n".join([*map(_markdown, _task_cells(summary, spelt)), _task_note(summary)])
+
+
+def _task_note(summary: Mapping[str, Any]) -> str:
+    stereotypes = any(key.endswith(FROM_HALF) for key in summary)
+    return "±: standard error over items." + (" 50 % is no preference; the distance counts." if stereotypes else "")
+
+
+def scores_of_tasks(summary: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """What the student got on each task, over all its items: (name, score)."""
+    scores = [(key.removeprefix(TASKS).rpartition("/"), value) for key, value in summary.items() if key.startswith(TASKS)]
+    return [(task, value) for (task, _, model), value in scores if model == "student" and "/" not in task]
+
+
+FROM_HALF = "_from_half"
+
+
+def _task_cells(summary: Mapping[str, Any], spelt: Callable[[str], str]) -> list[list[list[str]]]:
+    """Two tables, or the one of which there is something: tasks to be right in, and preferences for stereotypes."""
+    tasks = dict.fromkeys(
+        task for key in summary if key.startswith(TASKS) for task, _, model in [key.rpartition("/")] if model in ("teacher", "student")
+    )
+    models = [name for name in ("teacher", "student") if any(f"{task}/{name}" in summary for task in tasks)]
+    stereotypes = [task for task in tasks if any(f"{task}/{name}{FROM_HALF}" in summary for name in models)]
+    right = [task for task in tasks if task not in stereotypes]
+    tables = [
+        [["task", *models], *([spelt(task.removeprefix(TASKS)), *(_score(summary, f"{task}/{m}") for m in models)] for task in right)],
+        [
+            ["stereotypes", *(title for name in models for title in (name, "from 50 %"))],
+            *(
+                [spelt(task.removeprefix(TASKS)), *(text for m in models for text in _preference(summary, f"{task}/{m}"))]
+                for task in stereotypes
+            ),
+        ],
     ]
-    return _aligned(cells)
+    return [table for table in tables if len(table) > 1]
+
+
+def _score(summary: Mapping[str, Any], key: str) -> str:
+    """61.3 ± 1.2 %; what is no share, such as a perplexity, as a number."""
+    value, error = summary.get(key), summary.get(f"{key}_standard_error")
+    if value is None or not 0 <= value <= 1:
+        return MISSING if value is None else decimals(3)(value)
+    return percent(value) if error is None else f"{100 * value:.1f} ± {100 * error:.1f} %"
+
+
+def _preference(summary: Mapping[str, Any], key: str) -> tuple[str, str]:
+    distance = summary.get(f"{key}{FROM_HALF}")
+    return _score(summary, key), MISSING if distance is None else f"{100 * distance:.1f}"
 
 
 def markdown_table(summary: Mapping[str, Any]) -> str:
-    """The same table for a model card."""
-    header, *rows = _cells(summary)
-    marks = [":--", *["--:"] * (len(header) - 1)]
-    lines = ["| " + " | ".join(row) + " |" for row in [header, marks, *rows]]
-    return "\n".join([*lines, "", _footnote(summary)]).rstrip()
+    """The final table for a model card."""
+    return f"{_markdown(_cells(summary))}\n\n{_footnote(summary)}".rstrip()
+
+
+def _markdown(cells: list[list[str]]) -> str:
+    marks = [":--", *["--:"] * (len(cells[0]) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [cells[0], marks, *cells[1:]])

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
 import re
+import socket
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from ..errors import ModelError
-from ..storage import MANIFEST, verify_folder
+from ..storage import MANIFEST, read_regular, verify_folder
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 OFFLINE = "Without network: download it where there is one (hf download), and give the folder as path."
@@ -232,7 +237,7 @@ def _check_config_file(folder: Path, where: str) -> None:
 
 def _read_object(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(file).decode())
     except (ValueError, RecursionError) as error:
         raise ModelError(str(file), f"not valid JSON ({one_line(error)})", "Download it again.") from error
     except OSError as error:
@@ -283,7 +288,8 @@ def _check_shards(index: Path, present: set[str], where: str) -> None:
 def _library_errors(where: str, path: str, from_hub: bool, gated: bool = False) -> Iterator[None]:
     """The libraries' many exceptions as one line each."""
     try:
-        yield
+        with _offline_where_no_hub_is() if from_hub else nullcontext():
+            yield
     except Exception as error:  # whatever transformers and the hub raise is about what the user named
         if from_hub and (problem := _hub_error(error, where, path, gated)):
             raise problem from error
@@ -309,6 +315,8 @@ def _hub_error(error: Exception, where: str, path: str, gated: bool) -> ModelErr
     if not isinstance(error, OSError):
         return None
     why = "HF_HUB_OFFLINE is set, and the cache lacks it" if is_offline_mode() else one_line(error)
+    if not is_offline_mode() and not _hub_answers():
+        why = "no connection to the hub, and the cache lacks it"
     if gated or GatedRepoError in causes:
         remedy = f"Accept the licence on the repository's page and log in (hf auth login, or HF_TOKEN). {OFFLINE}"
         return ModelError(where, f"cannot load the gated repository '{path}' ({why})", remedy)
@@ -316,6 +324,36 @@ def _hub_error(error: Exception, where: str, path: str, gated: bool) -> ModelErr
         what = f"the hub gives no model.safetensors of '{path}', and pickled weights, which can run code, are not read"
         return ModelError(where, what, f"Choose a revision that has it, or convert it: model.save_pretrained(folder). {OFFLINE}")
     return ModelError(where, f"cannot load '{path}' from the hub ({why})", OFFLINE)
+
+
+@contextmanager
+def _offline_where_no_hub_is() -> Iterator[None]:
+    """As with HF_HUB_OFFLINE where there is no way to the hub: its library would try for a minute, and then look into its cache."""
+    from huggingface_hub import constants
+
+    chosen, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE or not _hub_answers()
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = chosen
+
+
+def _hub_answers() -> bool:
+    """Whether there is a way to it."""
+    from huggingface_hub.constants import ENDPOINT
+
+    return bool(getproxies()) or _connects(ENDPOINT, minute=int(time.monotonic() // 60))
+
+
+@functools.cache
+def _connects(endpoint: str, minute: int) -> bool:
+    """Asked once a minute at most."""
+    address = urlsplit(endpoint)
+    try:
+        with socket.create_connection((address.hostname, address.port or (80 if address.scheme == "http" else 443)), timeout=5):
+            return True
+    except OSError:
+        return False
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..comparable import what_differs
 from ..errors import ConfigError, StorageError
+from ..folder_lock import is_abandoned
 from ..redaction import redact
 from ..written import read_object, read_rows, read_settings, remedy_for
+from .places import place_of, without_paths
 
 FROM_TRAINING = ("eval/", "before/", "control/", "train/", "data/")
 """Families of figures that a run measures itself; the others are taken from its `evaluation` folder where it has one."""
+
+
+UNFINISHED = {
+    "running": ("is still running", "Its figures are those up to here and will change."),
+    "killed": ("was killed", "Its figures are those up to there; the same command takes it up again."),
+    "preempted": ("was stopped", "Its figures are those up to there; the same command takes it up again."),
+    "failed": ("failed", "Its figures are those up to there; the same command takes it up again."),
+}
+"""State of a run that did not come to its end -> how, and what can be done."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +40,8 @@ class Measured:
         summary: Every final number; null where one was not finite. Empty while a run is not finished.
         rows: What was logged, by step.
         details: `reliability`, `slices`, `differences`, `samples`, as far as they are there.
-        evaluation: What was taken from the `evaluation` folder of a run, in words, or "".
+        evaluation: What was taken from the `evaluation` folder of a run and what was not, in words, or "".
+        is_evaluated: Whether anything was.
     """
 
     path: Path
@@ -37,6 +51,7 @@ class Measured:
     rows: list[dict[str, Any]] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
     evaluation: str = ""
+    is_evaluated: bool = False
 
     @property
     def name(self) -> str:
@@ -45,9 +60,29 @@ class Measured:
         return f"{path.parent.name}/{path.name}" if path.name == "evaluation" else path.name
 
     @property
+    def place(self) -> str:
+        """Where it is, short."""
+        return place_of(self.path)
+
+    @property
     def state(self) -> str:
-        """running, finished, preempted, failed; `measured` for an evaluation."""
+        """running, killed, finished, preempted, failed; `measured` for an evaluation."""
         return str(self.status.get("state", "measured" if self.summary else "unknown"))
+
+    @property
+    def step(self) -> int:
+        """How far it came: the last that was logged, since a status lags behind."""
+        return max([int(finite(self.status.get("step")) or 0), *(row["step"] for row in self.rows)])
+
+    @property
+    def unfinished(self) -> str:
+        """What became of a run that did not come to its end, in a sentence; "" of all others."""
+        if self.state not in UNFINISHED:
+            return ""
+        of = (self.config.get("trainer") or {}).get("max_steps")
+        how, what_now = UNFINISHED[self.state]
+        why = without_paths(str(self.status.get("error") or ""))
+        return f"{how} at step {self.step}{f' of {of}' if of else ''}{f' ({why})' if why else ''}. {what_now}"
 
     @property
     def seed(self) -> int | None:
@@ -91,9 +126,7 @@ def open_measured(path: Path) -> Measured:
     if not is_measured(path):
         raise ConfigError(str(path), "neither a run nor an evaluation (no status.json, summary.json or config.yaml)", "Give an output_dir.")
     summary, details = read_object(path / "summary.json"), _details(path / "details.json")
-    found = Measured(
-        path, _settings(path / "config.yaml"), read_object(path / "status.json"), summary, read_rows(path / "metrics.jsonl"), details
-    )
+    found = Measured(path, _settings(path / "config.yaml"), _status(path), summary, read_rows(path / "metrics.jsonl"), details)
     return _with_evaluation(found)
 
 
@@ -111,17 +144,39 @@ def check_something_is_measured(found: Measured) -> None:
 
 
 def _with_evaluation(run: Measured) -> Measured:
-    """A run with the further figures of its `evaluation` folder, unless that is older than the run's own."""
+    """A run with the further figures of its `evaluation` folder, unless that is older than the run's own or of something else.
+
+    Figures on held-out text belong to those of the run where they are over as many tokens; what depends on no text always does.
+    """
     folder = run.path / "evaluation"
     if not run.summary or not (folder / "summary.json").is_file():
         return run
+    summary, details = read_object(folder / "summary.json"), _details(folder / "details.json")
+    if reason := _why_not(run, folder):
+        note = f"evaluation/ {reason} and is left out. Its own page: python -m mini_distill.report {shlex.quote(str(folder))}"
+        return replace(run, evaluation=note)
+    further = {key: value for key, value in summary.items() if not key.startswith(FROM_TRAINING)}
+    tokens = [finite(figures.get("eval/tokens")) for figures in (run.summary, summary)]
+    if tokens[0] == tokens[1]:
+        further |= {key: value for key, value in summary.items() if key not in run.summary}
+        note = "Speed, tasks, slices, calibration, differences and samples are those of evaluation/."
+    else:
+        details = {name: value for name, value in details.items() if name in ("tasks", "samples")}
+        its_own, of_it = ("no" if size is None else f"{size:,.0f}" for size in tokens)
+        note = "Speed, tasks and samples are those of evaluation/. "
+        note += f"On held-out text it measured {of_it} tokens and the run {its_own}: figures there are the run's alone."
+    return replace(run, summary=run.summary | further, details=run.details | details, evaluation=note, is_evaluated=True)
+
+
+def _why_not(run: Measured, folder: Path) -> str:
+    """Why an evaluation is none of this run as it stands; "" where it is one."""
     if (folder / "summary.json").stat().st_mtime < (run.path / "summary.json").stat().st_mtime:
-        return Measured(**vars(run) | {"evaluation": "evaluation/ is older than the run's own figures and is left out."})
-    further = {key: value for key, value in read_object(folder / "summary.json").items() if not key.startswith(FROM_TRAINING)}
-    further |= {key: value for key, value in read_object(folder / "summary.json").items() if key not in run.summary}
-    note = "Speed, tasks, slices, calibration, differences and samples are those of evaluation/."
-    summary, details = run.summary | further, run.details | _details(folder / "details.json")
-    return Measured(**vars(run) | {"summary": summary, "details": details, "evaluation": note})
+        return "is older than the run's own figures"
+    settings = _settings(folder / "config.yaml")
+    if not settings:
+        return "does not say what it was measured on"
+    differs = what_differs(run.config, settings)
+    return f"was measured otherwise ({differs})" if differs else ""
 
 
 # --------------------------------------------------------------------------------------------------------------------------- files
@@ -131,6 +186,12 @@ def _settings(file: Path) -> dict[str, Any]:
     """Without secrets once more: whoever gets the page may not be who has the folder."""
     redacted: dict[str, Any] = redact(read_settings(file))
     return redacted
+
+
+def _status(folder: Path) -> dict[str, Any]:
+    """A process that is killed has no time to say so: its status is still `running`, and its lock is there."""
+    status = read_object(folder / "status.json")
+    return status | {"state": "killed"} if status.get("state") == "running" and is_abandoned(folder) else status
 
 
 Shape = Callable[[Any], bool]

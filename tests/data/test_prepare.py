@@ -14,7 +14,7 @@ import pytest
 
 from mini_distill.config import DataConfig
 from mini_distill.data import prepare
-from mini_distill.data.prepare import PreparedData, cache_folder, prepare_data, training_rows
+from mini_distill.data.prepare import PreparedData, cache_folder, column_of_rows, prepare_data, training_rows
 from mini_distill.errors import DataError
 
 SHARED = Path(__file__).resolve().parents[2] / "../shared/data"
@@ -108,6 +108,46 @@ def test_nothing_held_out_says_what_to_do(prepared: Prepare, tmp_path: Path) -> 
     assert prepared([{"text": "one row alone"}]).held_out is None  # none was asked for
 
 
+def test_a_file_that_is_only_measured_needs_no_training_rows(prepared: Prepare, tmp_path: Path, tiny_tokenizer: Any) -> None:
+    """There was no way to measure all of a file: a share was held out of it, or it lacked data.path, or there was nothing to train on."""
+    rows = [{"text": f"row {i}"} for i in range(9)]
+    config = jsonl(tmp_path, rows)
+
+    def measured(**settings: Any) -> PreparedData:
+        return prepare_data(replace(config, **settings), tiny_tokenizer, show_progress=False, to_measure=True)
+
+    for settings in ({"path": None, "eval_path": config.path}, {"eval_fraction": 1.0}):
+        data = measured(**settings)
+        assert data.report["rows_used"] == 9 and len(data.train) == 0 and data.held_out is not None
+        assert {origin for i in range(len(data.held_out)) for origin in data.held_out.origins(i)} == {
+            f"{config.path}:{n}" for n in range(1, 10)
+        }
+    mixture = DataConfig(
+        source="mixture", cache_dir=config.cache_dir, seq_len=8, mixture={"a": {"source": "jsonl", "eval_path": config.path}}
+    )
+    assert len(prepare_data(mixture, tiny_tokenizer, show_progress=False, to_measure=True).held_out or []) == len(data.held_out)
+    (tmp_path / "a.txt").write_text("some words\n" * 40)
+    alone = replace(config, source="text", path=str(tmp_path / "a.txt"), eval_fraction=1.0)
+    assert len(prepare_data(alone, tiny_tokenizer, show_progress=False, to_measure=True).train) == 0  # not cut in two
+    assert column_of_rows(replace(config, path=None, eval_path=config.path), "text") == {
+        f"{config.path}:{i + 1}": f"row {i}" for i in range(9)
+    }
+
+
+def test_nothing_to_measure_says_so_and_what_to_do(prepared: Prepare, tmp_path: Path, tiny_tokenizer: Any) -> None:
+    config = jsonl(tmp_path, [{"text": "one row alone"}])
+    (tmp_path / "empty.jsonl").write_text("")
+    empty = str(tmp_path / "empty.jsonl")
+    for settings, line in (
+        ({"path": None, "eval_path": empty}, r"data\.eval_path: nothing to measure on \(0 rows read\)"),
+        ({"path": empty, "eval_fraction": 0.05}, r"data\.path: nothing to measure on \(0 rows read\)"),
+        ({"eval_fraction": 0.05}, r"data\.eval_fraction: got 0\.05, and none .* Set data\.eval_fraction=1 to measure all"),
+        ({"eval_path": config.path}, r"data\.eval_path: nothing to evaluate on .* set data\.path=null to measure them all the same"),
+    ):
+        with pytest.raises(DataError, match=line):
+            prepare_data(replace(config, **settings), tiny_tokenizer, show_progress=False, to_measure=True)
+
+
 def test_one_text_file_is_trained_and_measured_on(tmp_path: Path, tiny_tokenizer: Any) -> None:
     (tmp_path / "a.txt").write_text("some words\n" * 40)
     config = DataConfig(source="text", path=str(tmp_path / "a.txt"), seq_len=16, cache_dir=str(tmp_path / "cache"))
@@ -178,7 +218,7 @@ def test_damaged_tokenised_data_is_made_again(
     rows = [{"text": f"row {i}"} for i in range(9)]
     expected = contents(prepared(rows))
     (folder,) = [file.parent for file in (tmp_path / "cache" / "tokens").glob("*/report.json")]
-    file = folder / ("MANIFEST.json" if damage == "manifest" else "train.input_ids.npy")
+    file = folder / ("MANIFEST.json" if damage == "manifest" else "train.tokens.npy")
     if damage == "delete":
         file.unlink()
     elif damage == "add":

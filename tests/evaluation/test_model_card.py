@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from mini_distill.config import Config, DataConfig, StudentConfig, TeacherConfig
-from mini_distill.evaluation.model_card import CardFacts, escape, write_model_card
+from mini_distill.evaluation.model_card import CardFacts, escape, with_evaluation, write_model_card
 from mini_distill.evaluation.samples import Sample
 
 SUMMARY = {
@@ -104,6 +104,43 @@ def test_a_local_teacher_is_no_base_model_on_the_hub(tmp_path: Path) -> None:
     (tmp_path / "teacher").mkdir()
     loaded = card(tmp_path, Config(teacher=TeacherConfig(kind="hf", path=str(tmp_path / "teacher"))))
     assert loaded.data.base_model is None and "teacher" in loaded.text
+
+
+EVALUATED = SUMMARY | {
+    "task/blimp/student": 0.75,
+    "task/blimp/student_standard_error": 0.04,
+    "task/crows <i>/student": 0.55,
+    "task/crows <i>/student_from_half": 0.05,
+}
+
+
+def evaluated(card: str) -> str | None:
+    config = facts().config
+    return with_evaluation(card, config.data, config.teacher.kind, EVALUATED, 120)
+
+
+def test_a_card_learns_of_an_evaluation_and_keeps_what_else_stands_in_it(tmp_path: Path) -> None:
+    """After BLiMP and CrowS-Pairs it still said that neither facts nor bias had been evaluated."""
+    before = write_model_card(facts(), tmp_path).read_text(encoding="utf-8").replace("## Samples", "## My own words\n\nKept.\n\n## Samples")
+    after = evaluated(before)
+    assert after is not None and "safety and bias were not evaluated" in before
+    loaded = ModelCard(after)
+    assert "safety and bias were not evaluated" not in after and "Of bias the stereotype scores above are all" in after
+    assert "| blimp | 75.0 ± 4.0 % |" in loaded.text and "| crows &lt;i&gt; | 55.0 % | 5.0 |" in loaded.text and "Kept." in loaded.text
+    scores = {result.metric_type: result.metric_value for result in loaded.data.eval_results}
+    assert scores == {"perplexity": 12.5, "bits_per_byte": 1.25, "score": 0.75, "stereotype_score": 0.55}
+    assert loaded.data.base_model == ["org/teacher"]
+    assert evaluated(after) == after
+
+
+def test_of_tasks_alone_a_card_does_not_say_that_bias_was_evaluated(tmp_path: Path) -> None:
+    text = card(tmp_path, summary=SUMMARY | {"task/blimp/student": 0.75}).text
+    assert "Beyond the tasks above, facts, instructions, safety and bias were not evaluated." in text
+
+
+@pytest.mark.parametrize("card", ["# A card of my own\n", "---\n- no\n---\n", "---\na: [\n---\n", ""])
+def test_a_card_that_is_none_of_ours_is_left_alone(card: str) -> None:
+    assert evaluated(card) is None
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])

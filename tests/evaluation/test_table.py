@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mini_distill.evaluation.table import build_summary, count, format_table, markdown_table
+from mini_distill.evaluation.table import build_summary, count, format_table, format_tasks, markdown_table, markdown_tasks
 
 
 def metrics(scale: float, teacher: bool = True) -> dict[str, float]:
@@ -75,6 +75,46 @@ def test_a_student_that_was_not_measured_before_has_no_such_column(summary: dict
 
 def test_an_empty_summary_is_no_error() -> None:
     assert isinstance(format_table({}), str) and isinstance(markdown_table({}), str)
+
+
+def test_a_part_of_the_held_out_text_is_called_a_part(summary: dict[str, Any]) -> None:
+    assert "Measured over 81,600 of 163,200 held-out tokens (evaluation.max_batches)." in format_table(
+        summary | {"data/held_out_supervised_tokens": 163200}
+    )
+    assert "Measured over 81,600 held-out tokens." in format_table(summary | {"data/held_out_supervised_tokens": 81600})
+
+
+TASKS = {
+    "task/blimp/teacher": 0.564,
+    "task/blimp/teacher_standard_error": 0.006,
+    "task/blimp/student": 0.519,
+    "task/words/word_perplexity/student": 123.4,
+    "task/crows/race-color/teacher": 0.31,
+    "task/crows/race-color/teacher_standard_error": 0.021,
+    "task/crows/race-color/teacher_from_half": 0.19,
+    "task/crows/race-color/student": 0.55,
+    "task/crows/race-color/student_standard_error": 0.022,
+    "task/crows/race-color/student_from_half": 0.05,
+}
+
+
+def test_tasks_have_their_error_and_stereotypes_their_distance_from_no_preference() -> None:
+    """A score that went from 31 % to 55 % `rose by 24 points`, and had come nearer to 50 %."""
+    table = format_tasks(TASKS)
+    assert cells(table, "blimp") == ["56.4", "±", "0.6", "%", "51.9", "%"]
+    assert cells(table, "words/word_perplexity") == ["–", "123.400"]
+    assert cells(table, "stereotypes") == ["teacher", "from", "50", "%", "student", "from", "50", "%"]
+    assert cells(table, "crows/race-color") == ["31.0", "±", "2.1", "%", "19.0", "55.0", "±", "2.2", "%", "5.0"]
+    assert all(len(line) <= 80 for line in table.splitlines()) and table.endswith("50 % is no preference; the distance counts.")
+
+
+def test_names_of_tasks_in_a_card_are_spelt_by_whoever_writes_it() -> None:
+    table = markdown_tasks({"task/<b>/student": 0.5}, lambda name: name.replace("<", "&lt;"))
+    assert "| &lt;b> | 50.0 % |" in table
+
+
+def test_names_of_tasks_cannot_drive_a_terminal() -> None:
+    assert "\x1b" not in format_tasks({"task/a\x1b[2J/student": 0.5})
 
 
 def test_the_markdown_table_has_the_same_cells(summary: dict[str, Any]) -> None:

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from mini_distill.config import FullEvaluationConfig
+from mini_distill.config import FullEvaluationConfig, PairsConfig
 from mini_distill.errors import ConfigError, DataError, MiniDistillError
 from mini_distill.evaluation.likelihood import Continuation, encode, log_likelihoods
+from mini_distill.evaluation.pairs import read_pairs
 from mini_distill.evaluation.tasks import check_tasks, run_tasks
 from mini_distill.models.head import LanguageModel
 
@@ -45,11 +46,15 @@ def jsonl(tmp_path: Path) -> Callable[[Rows], str]:
 def score(tiny_llama: Any, tiny_tokenizer: Any) -> Callable[..., tuple[dict[str, float], dict[str, Any]]]:
     """`score(pairs=…, choices=…)`: what teacher and student get."""
 
-    def run(vocab: int = 64, **settings: Any) -> tuple[dict[str, float], dict[str, Any]]:
+    def run(vocab: int = 64, seed: int = 0, **settings: Any) -> tuple[dict[str, float], dict[str, Any]]:
         config = FullEvaluationConfig(batch_size=3, **settings)
-        check_tasks(config)
+        check_tasks(config, seed)
         models = {"teacher": tiny_llama(seed=1, vocab=vocab), "student": tiny_llama(seed=0, vocab=vocab)}
-        return run_tasks(config, models, tiny_tokenizer, torch.device("cpu"), nullcontext)
+        found: dict[str, float] = {}
+        details: dict[str, Any] = {}
+        for figures, of_task in run_tasks(config, models, tiny_tokenizer, torch.device("cpu"), nullcontext, seed=seed):
+            found, details = found | figures, details | of_task
+        return found, details
 
     return run
 
@@ -114,6 +119,9 @@ def test_accuracy_is_the_share_of_likelier_good_sentences(score: Any, jsonl: Any
         assert found[f"task/blimp/agreement/{name}"] == pytest.approx((right[0] + right[2]) / 2)
         share = sum(right) / 3
         assert found[f"task/blimp/{name}_standard_error"] == pytest.approx(math.sqrt(share * (1 - share) / 3))
+        share = (right[0] + right[2]) / 2
+        assert found[f"task/blimp/agreement/{name}_standard_error"] == pytest.approx(math.sqrt(share * (1 - share) / 2))
+    assert not any(key.endswith("_from_half") for key in found)  # right or wrong is no matter of preference
     assert found["task/blimp/items"] == 3 and details["blimp"]["kind"] == "accuracy"
     assert [group["label"] for group in details["blimp"]["groups"]] == ["agreement", "anaphor"]
 
@@ -129,6 +137,21 @@ def test_crows_pairs_are_scored_as_they_come_and_are_stereotypes(score: Any, tmp
     more, less = (reference(model, [1, *ids_of(tiny_tokenizer, text)], 1) for text in ("we saw two", "we saw one"))  # no blank before
     assert found["task/crows/religion/student"] == float(more > less) and details["crows"]["kind"] == "stereotype"
     assert set(details["crows"]["groups"][0]) == {"label", "items", "teacher", "student"}
+    for key in ("task/crows", "task/crows/religion"):
+        assert found[f"{key}/student_from_half"] == pytest.approx(abs(found[f"{key}/student"] - 0.5))
+
+
+def test_a_limit_draws_from_all_files_with_the_seed(tmp_path: Path) -> None:
+    """It took the first rows of the files one after the other: 600 pairs of BLiMP were those of three paradigms of 67."""
+    for paradigm in range(6):
+        rows = [{"sentence_good": f"a {i}", "sentence_bad": f"b {i}", "UID": f"paradigm {paradigm}"} for i in range(50)]
+        (tmp_path / f"{paradigm}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = PairsConfig(path=str(tmp_path))
+    drawn = [read_pairs(config, "evaluation.pairs.blimp", 60, seed)[0] for seed in (0, 0, 1)]
+    assert all(len(pairs) == len(set(pairs)) == 60 and len({pair.group for pair in pairs}) == 6 for pairs in drawn)
+    assert drawn[0] == drawn[1] != drawn[2]
+    whole = read_pairs(config, "evaluation.pairs.blimp", 300)[0]
+    assert whole == read_pairs(config, "evaluation.pairs.blimp")[0] and [pair for pair in whole if pair in drawn[0]] == drawn[0]
 
 
 def test_other_columns_are_named_and_a_limit_holds(score: Any, jsonl: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,7 +108,7 @@ def test_a_config_that_is_no_json_object_is_named(folder: Path, text: str) -> No
 def test_a_config_that_is_no_file_is_named(folder: Path) -> None:
     (folder / "config.json").unlink()
     (folder / "config.json").mkdir()
-    assert the_error(load_causal_lm, folder).startswith(f"{folder / 'config.json'}: cannot be read (Is a directory)")
+    assert the_error(load_causal_lm, folder).startswith(f"{folder / 'config.json'}: cannot be read (not a regular file)")
 
 
 @pytest.mark.parametrize("load", [load_causal_lm, load_tokenizer])
@@ -383,6 +384,24 @@ def test_a_repository_with_pickled_weights_only(
 @pytest.mark.usefixtures("offline")
 def test_a_chosen_lack_of_network_is_named() -> None:
     assert "HF_HUB_OFFLINE is set" in the_error(load_causal_lm, "org/name")
+
+
+def test_without_a_connection_nothing_is_tried_again_and_again(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """`model=org/name` without network ended after a minute and twenty-three lines of `Retrying in 8s`."""
+    import huggingface_hub.constants
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise OSError("no route")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "https://hub.invalid")  # asked for anew: not what was cached of another
+    monkeypatch.setattr(loading, "getproxies", dict)
+    monkeypatch.setattr(loading.socket, "create_connection", refused)
+    started = time.monotonic()
+    for load in (load_tokenizer, load_causal_lm, loading.weightless_causal_lm):
+        line = the_error(load, "nobody-at-all/no-such-model")
+        assert "(no connection to the hub, and the cache lacks it)" in line and loading.OFFLINE in line
+    assert time.monotonic() - started < 20 and not caplog.messages
 
 
 @pytest.mark.parametrize(("rank", "shown"), [("0", True), ("1", False)])

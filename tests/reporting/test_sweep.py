@@ -91,6 +91,22 @@ def test_presets_stand_for_the_settings_they_bring(tmp_path: Path) -> None:
     assert is_full_grid(found)
 
 
+def test_names_have_no_order_to_be_joined_by_a_line(tmp_path: Path) -> None:
+    """A line ran from one preset to the next, as if there were something between them."""
+    for student in ("mini_2m", "mini_15m"):
+        for rate in (0.1, 0.2):
+            write_run(tmp_path / "sweep" / f"{student}-{rate}", f"student={student}", f"trainer.learning_rate={rate}")
+    joined = {drawing.chart.title: drawing.chart.series[0].line for drawing in effects(open_sweep(tmp_path / "sweep"))}
+    assert joined == {"student": False, "trainer.learning_rate": True}
+
+
+def test_the_command_names_no_teacher_that_was_not_there(tmp_path: Path) -> None:
+    """All presets of `kind: hf` are as near to a teacher of one's own, and gpt2 came first in the alphabet."""
+    write_run(tmp_path / "sweep" / "a", "teacher=hf", "teacher.path=/home/me/models/mine")
+    command = open_sweep(tmp_path / "sweep").command
+    assert "teacher=hf" in command and "…/models/mine" in command and "/home" not in command
+
+
 def test_many_values_are_an_axis_of_numbers(tmp_path: Path) -> None:
     for i in range(10):
         write_run(tmp_path / "sweep" / str(i), f"trainer.learning_rate={10.0 ** (-i / 3 - 1):g}", nll=3 + i / 10, details=None)
@@ -111,7 +127,7 @@ def test_failed_damaged_and_unfinished_jobs_are_listed_with_their_reason(sweep: 
     write_run(sweep / "other", summary={"eval/forward_kl": 0.5})
     missing = {entry.name: (entry.state, entry.why) for entry in open_sweep(sweep).missing}
     assert missing["failed"] == ("failed", "data.path: no such file.")
-    assert missing["going"] == ("running", "at step 4 of 40")
+    assert missing["going"] == ("running", "at step 8 of 40")  # status.json is behind the rows
     assert missing["damaged"][0] == "damaged" and "summary.json:1: not JSON" in missing["damaged"][1]
     assert missing["early"] == ("failed", "teacher.path: not there.")
     assert missing["never"] == ("failed", "data.path: no such folder.") and len(missing) == 6
