@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -252,8 +253,9 @@ def _hydra_main(job: Callable[[DictConfig], Any], config_name: str, folders: lis
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)(job)()
 
 
+@cache
 def _store_contract() -> None:
-    """Every setting with its default, under the presets, so that --help and --cfg show them all."""
+    """Every setting with its default, under the presets, so that --help and --cfg show them all; once in a process."""
     from hydra.core.config_store import ConfigStore
 
     for name, schema in CONTRACTS.items():

@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,14 +61,15 @@ def digest_run(path: Path | str) -> str:
     return digest.hexdigest()
 
 
-def main() -> None:
-    """Print the digest; exit 2 for a folder that is not there, 6 for one that is not a run."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the digest; gives the exit code: 2 for a folder that is not there, 6 for one that is not a run."""
     parser = argparse.ArgumentParser(prog="python -m mini_distill.digest", description="One SHA-256 over the state of a run.")
     parser.add_argument("run", help="the output_dir of the run")
     try:
-        print(digest_run(parser.parse_args().run))
+        print(digest_run(parser.parse_args(arguments).run))
     except MiniDistillError as error:
-        sys.exit(report(error))
+        return report(error)
+    return 0
 
 
 def _results(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -102,4 +104,4 @@ def _load(file: Path) -> dict[str, Tensor]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,8 @@ def fork(body: Callable[[], object]) -> int:
         code = 0
     except MiniDistillError as error:
         code = report(error)
+    except SystemExit as end:
+        code = int(end.code or 0)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -143,6 +145,33 @@ def fork(body: Callable[[], object]) -> int:
 def wait(child: int) -> int:
     """How a forked process ended: its exit code, or minus the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def forked_sweep(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python -m mini_distill.train -m …` in `folder`, with forks in place of processes: these begin with everything imported."""
+    files = folder / "stdout", folder / "stderr"
+    for file in files:
+        file.write_text("")
+    code = wait(fork(lambda: _as_program(folder, arguments, *files)))
+    return subprocess.CompletedProcess(arguments, code, *(file.read_text() for file in files))
+
+
+def _as_program(folder: Path, arguments: Sequence[str], stdout: Path, stderr: Path) -> None:
+    """Its jobs are forks, too."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    from mini_distill import sweep
+    from mini_distill.cli import TRAIN, run_command
+
+    for number, file in ((1, stdout), (2, stderr)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115 - to the end
+    os.chdir(folder)
+    GlobalHydra.instance().clear()  # that of the sweep, of which this is a job
+    sys.argv = ["train.py", *arguments]
+    sweep._run = lambda command, log, *_: wait(fork(lambda: _as_program(folder, command[3:], log.resolve(), log.resolve())))
+    run_command(TRAIN)
 
 
 def ranks_of(torchrun: int) -> dict[int, int]:
