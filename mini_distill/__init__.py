@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
+import warnings
 from typing import Any
 
 __version__ = "0.1.0"
 
 # torch asks Linux for huge pages then, from its first tensor on: less of the memory of a CPU is lost in gaps (docs/plan.md).
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+if "ipykernel" in sys.modules:  # transformers looks for widgets as it is imported, and bars here need none
+    warnings.filterwarnings("ignore", message="IProgress not found")
 
 _HOMES = {
     "Config": "config",
@@ -28,7 +33,7 @@ _HOMES = {
     "Evaluator": "evaluation.evaluator",
     "MiniDistillError": "errors",
 }
-_VERBS = ("train", "cache", "evaluate", "plan", "report", "doctor")
+_VERBS = ("train", "cache", "evaluate", "generate", "plan", "report", "doctor")
 _MODULES = {"divergences": ".losses.divergences"} | {verb: f".{verb}" for verb in _VERBS}
 """Modules; the verbs among them can be called with overrides: `md.train(["student=mini_2m"])`."""
 __all__ = sorted([*_HOMES, *_MODULES])

@@ -9,33 +9,45 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from omegaconf import DictConfig, OmegaConf
 
-from .config import CacheCommand, Config, EvaluateCommand, PlanCommand
-from .contract import build_config
-from .errors import ConfigError, MiniDistillError, Preempted
+from .cache_to_look_at import with_settings_of_cache
+from .config import CacheCommand, CacheLookCommand, Config, EvaluateCommand, GenerateCommand, PlanCommand
+from .contract import build_config, resolved
+from .errors import ConfigError, MiniDistillError
 from .out_of_memory import is_out_of_memory, out_of_memory
 from .overrides import fixed_keys, missing_preset, prepare_overrides, run_name
-from .redaction import print_traceback, redact_text
+from .redaction import print_traceback
 from .run_to_measure import with_settings_of_run
+from .starting import begin_work
 from .targets import cache_command, default_folder
+from .training.signals import Terminated, sigterm_as_interrupt
 from .written import read_object
 
 if TYPE_CHECKING:
     from hydra.errors import MissingConfigException
     from yaml import MarkedYAMLError
 
-CONTRACTS = {"contract": Config, "cache_contract": CacheCommand, "evaluate_contract": EvaluateCommand, "plan_contract": PlanCommand}
+CONTRACTS = {
+    "contract": Config,
+    "cache_contract": CacheCommand,
+    "evaluate_contract": EvaluateCommand,
+    "generate_contract": GenerateCommand,
+    "plan_contract": PlanCommand,
+}
 """The settings of each verb by the name under which its YAML file takes their defaults."""
 
 TRAIN = "mini_distill.train:train"
 """The verb whose sweeps have a process for each job; those of others run one after the other in this one."""
 SWEEP_DIR = "hydra.sweep.dir="
-RESULTS = {Config: "runs", EvaluateCommand: "evaluations"}
+RESULTS = {Config: "runs", EvaluateCommand: "evaluations", GenerateCommand: "generated"}
 """Where what comes out of a verb goes when `output_dir` is not given."""
+RESULTS_OF_RUN = {EvaluateCommand: "evaluation", GenerateCommand: "generated"}
+"""The same, within the folder of the run that the verb is about."""
 
 
 def config_dir() -> Path:
@@ -60,26 +72,37 @@ def run_command(task: str, config_name: str = "train", schema: type = Config) ->
         return None if exit_codes[-1] else value_of(composed)
 
     try:
-        sys.argv[1:], folders = _prepare_arguments(sys.argv[1:])
-        _hydra_main(job, config_name, folders)
+        with sigterm_as_interrupt():
+            sys.argv[1:], folders = _prepare_arguments(sys.argv[1:])
+            _hydra_main(job, config_name, folders)
         if (sweep := next((text.partition("=")[2] for text in sys.argv if text.startswith(SWEEP_DIR)), None)) is not None:
             exit_codes.append(_end_of_sweep(Path(sweep.strip('"')), started))
     except MiniDistillError as error:
         exit_codes.append(report(error))
-    except KeyboardInterrupt:
-        print("error: interrupted. The same command goes on from what was saved, if there is anything.", file=sys.stderr)
-        exit_codes.append(130)
+    except KeyboardInterrupt as error:
+        how, code = (_where_terminated(), 143) if isinstance(error, Terminated) else ("interrupted", 130)
+        print(f"error: {how}. The same command goes on from what was saved, if there is anything.", file=sys.stderr)
+        exit_codes.append(code)
     sys.exit(max(exit_codes))
+
+
+def _where_terminated() -> str:
+    """SIGTERM that no run has answered came before there was one: torchrun sends it to the others where a process has died."""
+    rank = f"rank {os.environ['RANK']}, step 0 (loading): " if "RANK" in os.environ else ""
+    return f"{rank}stopped by SIGTERM before the run began"
 
 
 def run_job(task: str, composed: DictConfig, schema: type = Config, folders: Sequence[Path] = ()) -> int:
     """One job of a command line or of a sweep: its exit code. Our own bugs are 1, with their traceback."""
     try:
         if task == TRAIN and (sweep := _sweep_folder()) is not None:
+            begin_work()
             return _run_job_of_sweep(sweep, composed, folders)
         config = _checked(composed, _job_overrides, schema)
-        module, function = task.split(":")
-        getattr(importlib.import_module(module), function)(config)
+        module, name = task.split(":")
+        function = getattr(importlib.import_module(module), name)
+        begin_work()
+        function(config)
         return 0
     except MiniDistillError as error:
         if composed.get("debug") is True:
@@ -161,8 +184,11 @@ def load_config(overrides: Sequence[str] = (), config_name: str = "train", schem
 
 def _checked(composed: DictConfig, overrides: Callable[[], Sequence[str]], schema: type) -> Any:
     """The configuration, complete, with folders for what comes out."""
-    if schema is EvaluateCommand:
-        composed = with_settings_of_run(composed, overrides())
+    resolved(composed)  # a ${…} that leads nowhere is named before anything follows it
+    if schema in RESULTS_OF_RUN:
+        composed = with_settings_of_run(composed, overrides(), RESULTS_OF_RUN[schema])
+    if schema is CacheLookCommand:
+        composed = with_settings_of_cache(composed, overrides())
     config = build_config(composed, schema)
     if schema in RESULTS and config.output_dir is None:
         config.output_dir = f"{RESULTS[schema]}/{run_name(overrides())}"
@@ -174,9 +200,8 @@ def _checked(composed: DictConfig, overrides: Callable[[], Sequence[str]], schem
 def report(error: MiniDistillError) -> int:
     """Print one `error:` line a problem, last on stderr, and give the exit code."""
     sys.stdout.flush()
-    prefix = "" if isinstance(error, Preempted) else "error: "
-    for problem in error.problems:
-        print(redact_text(f"{prefix}{problem}"), file=sys.stderr)
+    for line in error.lines():
+        print(line, file=sys.stderr)
     return error.exit_code
 
 
@@ -228,8 +253,9 @@ def _hydra_main(job: Callable[[DictConfig], Any], config_name: str, folders: lis
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=config_name)(job)()
 
 
+@cache
 def _store_contract() -> None:
-    """Every setting with its default, under the presets, so that --help and --cfg show them all."""
+    """Every setting with its default, under the presets, so that --help and --cfg show them all; once in a process."""
     from hydra.core.config_store import ConfigStore
 
     for name, schema in CONTRACTS.items():
@@ -239,7 +265,7 @@ def _store_contract() -> None:
 def _job_overrides() -> list[str]:
     from hydra.core.hydra_config import HydraConfig
 
-    return list(HydraConfig.get().overrides.task)
+    return list(OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False))  # type: ignore[arg-type]
 
 
 @contextmanager

@@ -9,6 +9,11 @@ where that is not given.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from mini_distill.starting import answer_signals
+
+    answer_signals()
+
 import argparse
 import dataclasses
 import json

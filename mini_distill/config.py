@@ -17,7 +17,8 @@ EVALUATION_METRICS = (
     "eval/top1_agreement",
     "eval/tokens",
 )
-FINGERPRINTS = ("tokenizer", "global_batch_size")  # compared on resuming besides the settings; resume_allow takes them too
+FINGERPRINTS = ("tokenizer", "world_size", "global_batch_size", "code", "metrics")
+"""Compared on resuming besides the settings; resume_allow takes them too."""
 
 
 def option(default: Any, help: str, **limits: Any) -> Any:
@@ -46,6 +47,7 @@ class TeacherConfig:
     trust_remote_code: bool = option(False, "Run Python code from the repository; only with a pinned revision you have read")
     cache_dir: str | None = option(None, "Train on the targets of this cache (python -m mini_distill.cache); a live teacher beside it only evaluates and initialises")
     cache_kind: str | None = option(None, "Write the targets down first, as a cache of this kind, and train on them: in cache_dir, or in ~/.cache/mini_distill, where all runs with this teacher and data find them", choices=CACHE_KINDS)
+    cache_k: int | None = option(None, "cache_kind sampled or topk: what cache.k is to the cache command; null: as there", at_least=1, at_most=255)
     gated: bool = option(False, "The hub repository asks for a licence and a token; only makes the error message say so")
     url: str | None = option(None, "server: its address, such as http://host:8000; a key it wants is read from MINI_DISTILL_API_KEY alone")
     model: str | None = option(None, "server: name of the model there; null: the only one")
@@ -119,6 +121,7 @@ class ObjectiveConfig:
     ce_weight: float = option(0.5, "Weight of the cross-entropy with the data's own next token", at_least=0)
     terms: dict[str, Any] = option({}, "Further terms: name -> {weight, kind, …}, see TermConfig; the kind is the name unless given")
     schedules: dict[str, Any] = option({}, "Term's name, or ce -> {step: factor on its weight}, linear between the steps given, constant outside")
+    compile: bool | None = option(None, "Compile the terms (torch.compile): one kernel in place of a dozen passes over the logits. null: with trainer.compile, and on a GPU with Triton, unless a function of your own is among them. What cannot be compiled runs as it is, and says so")
     logits_memory_mib: float | None = option(None, "Budget for the logits that exist at once, student's and teacher's; null: 128 on a CPU, 1024 on a GPU. Changes results by rounding only; teacher_sample_ce draws otherwise", above=0)
 
 
@@ -126,7 +129,7 @@ class ObjectiveConfig:
 class TermConfig:
     """A further term of the objective: another divergence, or the matching of inner states of student and teacher."""
 
-    kind: str | None = option(None, "A divergence, or hidden_mse, hidden_cosine, relation_kl, attention_mse, attention_kl; null: the term's name")
+    kind: str | None = option(None, "A divergence, or hidden_mse, hidden_cosine, relation_kl, attention_mse, attention_kl, or an import path; null: the term's name", importable=True)
     weight: float = option(1.0, "Plain multiplier of the sum over supervised tokens", at_least=0)
     options: dict[str, Any] = option({}, "Further arguments of its function, such as skew, or normalise")
     temperature: float | None = option(None, "Of a divergence; null: objective.temperature", above=0)
@@ -159,6 +162,7 @@ class TrainerConfig:
     log_every: int = option(1, "Period of the rows in metrics.jsonl", at_least=1)
     export: str = option("last", "Which weights become student/: the last, or the best by evaluation.best_metric", choices=("last", "best"))
     num_threads: int | None = option(None, "CPU threads of torch; null: torch's choice", at_least=1)
+    stuck_after: float | None = option(1800.0, "Several processes: seconds that one may stand still at one place, without computing, while the others wait for it; then all end. null: for ever", above=0)
 
 
 @dataclass
@@ -171,7 +175,7 @@ class CacheConfig:
     sampling: str = option("threshold", "sampled: threshold (likely tokens exactly, the rest systematically), or draws (independent, with replacement)", choices=("threshold", "draws"))
     proposal: float = option(1.0, "sampling=draws: draw from p^proposal, and correct by importance weights, which stay bounded up to 1", above=0, at_most=1)
     tail: str = option("bucket", "topk: the tokens not kept are one outcome (bucket), or share their mass evenly (spread)", choices=("bucket", "spread"))
-    temperature: float = option(1.0, "The temperature at which the targets are written; training has to use the same (any, for hidden)", above=0)
+    temperature: float = option(1.0, "The temperature at which the targets are written; training has to use the same (any, for full and hidden)", above=0)
     batch_size: int = option(16, "Sequences that the teacher scores at a time; changes no target but by rounding", at_least=1)
     shard_sequences: int | None = option(None, "Sequences of a shard: what is made again when it is damaged or interrupted; null: about 64 MB", at_least=1)
     seed: int = option(0, "Decides what is drawn", at_least=0, below=2**32)
@@ -190,7 +194,7 @@ class EvaluationConfig:
     num_samples: int = option(3, "Side-by-side samples; 0: none", at_least=0)
     sample_tokens: int = option(48, "Tokens generated for a sample", at_least=1)
     sampling_temperature: float = option(0.0, "0: greedy; above: sampled with the run's seed", at_least=0)
-    hooks: list[str] = option([], "Import paths of functions hook(context) -> {metric: number}, called at every evaluation")
+    hooks: list[str] = option([], "Import paths of functions hook(context) -> {metric: number}, called at every evaluation", importable=True)
 
 
 @dataclass
@@ -216,7 +220,7 @@ class FullEvaluationConfig:
     generation_batch_size: int = option(8, "Texts written at a time when timing, besides one alone", at_least=1)
     price_per_hour: float | None = option(None, "What this machine costs an hour, in any currency: gives the cost of a million tokens", above=0)
     watts: float | None = option(None, "What this machine draws while it works: gives an estimate of the energy of a million tokens", above=0)
-    hooks: list[str] = option([], "Import paths of functions hook(context) -> {metric: number}")
+    hooks: list[str] = option([], "Import paths of functions hook(context) -> {metric: number}", importable=True)
 
 
 @dataclass
@@ -241,6 +245,20 @@ class ChoicesConfig:
     answer_column: str = option("answer", "The right one: its index from 0, its letter from A, or its text")
     group_column: str | None = option(None, "Figures are given for each value of it too")
     normalise: str = option("characters", "Divide the log-likelihood of an answer by its characters (as acc_norm of lm-evaluation-harness) or by nothing (acc)", choices=("characters", "none"))
+
+
+@dataclass
+class GenerateConfig:
+    """How a model goes on from the prompts of the data (`python -m mini_distill.generate`)."""
+
+    max_new_tokens: int = option(256, "Tokens of a completion at most", at_least=1)
+    prompt_tokens: int = option(32, "Of plain text, this many first tokens are the prompt; 0: the beginning-of-sequence token alone", at_least=0)
+    num_beams: int = option(1, "Of beam search, which looks for the likeliest completion; 1: the likeliest token each time (greedy)", at_least=1)
+    sampling_temperature: float = option(0.0, "0: greedy, or beams; above: sampled with the seed", at_least=0)
+    top_p: float = option(1.0, "Sampled: from the likeliest tokens that together have this probability; 1: from all", above=0, at_most=1)
+    num_samples: int = option(1, "Sampled: completions of each prompt", at_least=1)
+    on_unfinished: str = option("auto", "Completion cut off at max_new_tokens: keep or drop it; auto: keep of texts, drop of what has a prompt, since half an answer teaches to stop in its middle", choices=("auto", "keep", "drop"))
+    batch_size: int = option(16, "Completions written at a time, of like length; changes them by rounding only", at_least=1)
 
 
 @dataclass
@@ -303,6 +321,11 @@ class CacheCommand:
 
 
 @dataclass
+class CacheLookCommand(CacheCommand):
+    """Everything `python -m mini_distill.cache verify` and `… info` can be told; what is not said of the targets is as the cache has it."""
+
+
+@dataclass
 class EvaluateCommand:
     """Everything `python -m mini_distill.evaluate` can be told."""
 
@@ -312,6 +335,21 @@ class EvaluateCommand:
     evaluation: FullEvaluationConfig = field(default_factory=FullEvaluationConfig)
     seed: int = option(0, "Decides what is sampled", at_least=0, below=2**32)
     output_dir: str | None = option(None, "Folder of the figures; null: <the run's folder>/evaluation for a run with its own data and teacher, else evaluations/<the overrides>")
+    precision: str = option("auto", "bf16: autocast; fp32; auto: bf16 on an accelerator that has it", choices=("auto", "fp32", "bf16"))
+    num_threads: int | None = option(None, "CPU threads of torch; null: torch's choice", at_least=1)
+    debug: bool = option(False, "Show tracebacks of user errors too")
+
+
+@dataclass
+class GenerateCommand:
+    """Everything `python -m mini_distill.generate` can be told."""
+
+    model: str | None = option(None, "Who writes: a folder or hub id; or the folder of a run, whose student and data are taken where not given; null: the teacher")
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    seed: int = option(0, "Decides what is sampled", at_least=0, below=2**32)
+    output_dir: str | None = option(None, "Folder of the rows; null: <the run's folder>/generated, or generated/<the overrides>")
     precision: str = option("auto", "bf16: autocast; fp32; auto: bf16 on an accelerator that has it", choices=("auto", "fp32", "bf16"))
     num_threads: int | None = option(None, "CPU threads of torch; null: torch's choice", at_least=1)
     debug: bool = option(False, "Show tracebacks of user errors too")

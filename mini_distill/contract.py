@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Collection, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -20,6 +21,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from .config import Config, DataConfig, ObjectiveConfig, TermConfig
 from .errors import ConfigError, Problem
+from .losses.catalogue import divergence_parameters, matching_parameters
 
 UNKNOWN = "unknown setting"
 
@@ -32,10 +34,11 @@ def build_config(composed: Mapping[str, Any] | DictConfig, schema: type = Config
     """
     from .relations import RELATIONS
 
-    plain: Any = _resolved(composed) if isinstance(composed, DictConfig) else composed
+    plain: Any = resolved(composed) if isinstance(composed, DictConfig) else composed
     tree = deepcopy(_typed_tree(schema))
-    problems = list(_merge(tree, plain, schema, prefix=""))
-    config: Any = _resolved(tree)
+    problems = list(_merge(tree, plain, schema, prefix="", known=known_keys(schema)))
+    config: Any = resolved(tree)
+    _name_what_is_in_main(config)
     wrong = {problem.where for problem in problems}
     problems += [problem for problem in _check_ranges(config, prefix="") if problem.where not in wrong]
     if schema in RELATIONS and all(problem.what == UNKNOWN for problem in problems):  # relations need good values
@@ -51,8 +54,12 @@ def _typed_tree(schema: type) -> DictConfig:
     return OmegaConf.structured(schema)
 
 
-def _resolved(tree: DictConfig) -> Any:
-    """`tree` as plain objects, its `${…}` followed."""
+def resolved(tree: DictConfig) -> Any:
+    """`tree` as plain objects, its `${…}` followed.
+
+    Raises:
+        ConfigError: one leads nowhere, or a value is missing that has to be given.
+    """
     try:
         return OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:
@@ -60,6 +67,23 @@ def _resolved(tree: DictConfig) -> Any:
         missing = isinstance(error, MissingMandatoryValue)
         remedy = "Give a value in place of '???'." if missing else "${…} takes the full path of another setting, or oc.env:NAME."
         raise ConfigError(error.full_key or "configuration", "missing" if missing else what, remedy) from error
+
+
+def import_path(name: str, known: Collection[str]) -> str:
+    """`__main__.mine` for `mine`, where that is none of ours and a notebook's cell has defined it, or imported it."""
+    return f"__main__.{name}" if name not in known and callable(getattr(sys.modules.get("__main__"), name, None)) else name
+
+
+def _name_what_is_in_main(config: Any) -> None:
+    """Every setting that takes an import path has one."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            _name_what_is_in_main(value)
+        elif f.metadata.get("importable"):
+            known = f.metadata.get("choices") or {**divergence_parameters(), **matching_parameters()}
+            many = [import_path(text, known) for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+            setattr(config, f.name, many if isinstance(value, list) else (many or [value])[0])
 
 
 def as_it_stands(value: Any) -> Any:
@@ -98,19 +122,19 @@ def _by_name(keys: list[str]) -> dict[str, str]:
     return {key.rpartition(".")[2]: key for key in reversed(keys)}
 
 
-def _merge(tree: DictConfig, values: Mapping[str, Any], schema: type, prefix: str) -> Iterator[Problem]:
-    """Write `values` into the typed `tree`, leaf by leaf, so that one bad value does not hide the next."""
+def _merge(tree: DictConfig, values: Mapping[str, Any], schema: type, prefix: str, known: list[str]) -> Iterator[Problem]:
+    """Write `values` into the typed `tree`, leaf by leaf, so that one bad value does not hide the next; `known` are all paths there are."""
     by_name = {f.name: f for f in dataclasses.fields(schema)}
     for name, value in values.items():
         where = prefix + (str(name) if str(name).strip() else shown(name))
         if name not in by_name:
-            yield Problem(where, UNKNOWN, _unknown_remedy(where, value, list(by_name)))
+            yield Problem(where, UNKNOWN, _unknown_remedy(where, value, list(by_name), known))
             continue
         nested = by_name[name].default_factory
         if nested is dataclasses.MISSING or not dataclasses.is_dataclass(nested):
             yield from _write(tree, by_name[name], value, where)
         elif isinstance(value, Mapping):
-            yield from _merge(tree[name], value, nested, where + ".")
+            yield from _merge(tree[name], value, nested, where + ".", known)
         else:
             yield Problem(where, f"got {shown(value)}, expected a group of settings", f"Set {where}.<name>=… or choose a preset.")
 
@@ -130,9 +154,11 @@ def _write(tree: DictConfig, setting: dataclasses.Field[Any], value: Any, where:
             yield Problem(where, f"got {shown(value)}, expected {expected}", remedy)
 
 
-def _unknown_remedy(where: str, value: Any, known_here: list[str]) -> str:
-    if near := did_you_mean(where, known_keys()):
+def _unknown_remedy(where: str, value: Any, known_here: list[str], known: list[str]) -> str:
+    if near := did_you_mean(where, known):
         return near
+    if where in known_keys():
+        return f"It belongs to python -m mini_distill.train. Known here: {', '.join(known_here)}."
     if isinstance(value, Mapping) and "." not in where:
         return "A preset of your own that sets several groups begins with the line '# @package _global_'."
     return f"Known here: {', '.join(known_here)}."
@@ -260,8 +286,9 @@ def objective_terms(objective: ObjectiveConfig) -> dict[str, TermConfig]:
         ConfigError: with every problem in any of them.
     """
     terms = named_groups(objective.terms, TermConfig, "objective.terms")
+    known = {**divergence_parameters(), **matching_parameters()}
     return {
-        name: dataclasses.replace(term, kind=term.kind or name, temperature=term.temperature or objective.temperature)
+        name: dataclasses.replace(term, kind=term.kind or import_path(name, known), temperature=term.temperature or objective.temperature)
         for name, term in terms.items()
     }
 

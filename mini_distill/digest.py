@@ -5,10 +5,16 @@ python -m mini_distill.digest <run folder>
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from mini_distill.starting import answer_signals
+
+    answer_signals()
+
 import argparse
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +26,8 @@ if TYPE_CHECKING:
 
 NOT_RESULTS = ("perf/", "time/")
 """Metrics that differ between two runs that went the same way: they measure the machine."""
+ABOUT_THE_RUN = ("fingerprints", "metrics")
+"""Of a checkpoint's state: where and when the run ran, and the checksum of rows that say so too."""
 
 
 def digest_run(path: Path | str) -> str:
@@ -45,7 +53,7 @@ def digest_run(path: Path | str) -> str:
     digest = hashlib.sha256()
     for name in checkpoint.names:
         _add_tensors(digest, name, checkpoint.tensors(name))
-    _add_value(digest, "state", {key: value for key, value in checkpoint.state.items() if key != "fingerprints"})
+    _add_value(digest, "state", {key: value for key, value in checkpoint.state.items() if key not in ABOUT_THE_RUN})
     run = RunFolder(path, {})
     _add_value(digest, "metrics", _results(run.metrics()))
     for file in sorted((path / "student").glob("*.safetensors")) if run.status().get("state") == "finished" else []:
@@ -53,14 +61,15 @@ def digest_run(path: Path | str) -> str:
     return digest.hexdigest()
 
 
-def main() -> None:
-    """Print the digest; exit 2 for a folder that is not there, 6 for one that is not a run."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the digest; gives the exit code: 2 for a folder that is not there, 6 for one that is not a run."""
     parser = argparse.ArgumentParser(prog="python -m mini_distill.digest", description="One SHA-256 over the state of a run.")
     parser.add_argument("run", help="the output_dir of the run")
     try:
-        print(digest_run(parser.parse_args().run))
+        print(digest_run(parser.parse_args(arguments).run))
     except MiniDistillError as error:
-        sys.exit(report(error))
+        return report(error)
+    return 0
 
 
 def _results(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -95,4 +104,4 @@ def _load(file: Path) -> dict[str, Tensor]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
-from torch import Tensor, nn
+from accelerate.utils import gather_object
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import Config
 from .data.loader import TrainingBatches, evaluation_batches
 from .data.prepare import PreparedData, prepare_data
 from .data.tokenizers import check_same_tokenizer, tokenizer_fingerprint, vocabulary_size
-from .errors import DistributedError, MiniDistillError, ModelError
+from .errors import DistributedError, ModelError, StorageError
 from .evaluation.evaluator import Evaluator
+from .imported_code import code_fingerprints
 from .losses.objective import Objective
 from .models.head import LanguageModel, embedding_rows
-from .models.identity import weights_fingerprint
+from .models.identity import architecture, model_identity
 from .models.loading import load_tokenizer
 from .models.packed_documents import check_documents_kept_apart
-from .out_of_memory import is_out_of_memory, out_of_memory
-from .redaction import print_traceback, redact
+from .redaction import redact
 from .students.build import TeacherSizes, build_student
+from .teachers.cache_files import Side
 from .teachers.cache_identity import digest
 from .teachers.cached import CachedTeacher
 from .teachers.load import load_teacher, load_teacher_tokenizer
@@ -39,12 +42,15 @@ from .teachers.server import ServerTeacher, open_server
 from .teachers.targets import Teacher
 from .training.checkpoint import Checkpoints, load_optimizer, load_weights, optimizer_to_tensors
 from .training.fingerprints import compare_fingerprints
-from .training.objective import add_matching, build_objective
-from .training.optimizer import build_optimizer
+from .training.objective import add_matching, build_objective, divergences_in_use, warn_of_growing_gradients
+from .training.optimizer import build_optimizer, learning_rate, set_learning_rate
+from .training.process_group import ending_together, note, start_accelerator
 from .training.progress import TrainingProgress
 from .training.run_folder import RunFolder
 from .training.signals import StopRequest
 from .training.tracking import Tracker, open_tracker
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -65,6 +71,7 @@ class Distillation:
         objective: The loss.
         optimizer: AdamW over the student's parameters.
         evaluator: Measures the student over held-out text; None without any.
+        stop: Whether this process was asked to stop.
         checkpoints: What has been saved.
         tracker: Where metrics go besides metrics.jsonl.
         fingerprints: What may not change between a run and its resumption.
@@ -85,6 +92,7 @@ class Distillation:
     objective: Objective
     optimizer: torch.optim.AdamW
     evaluator: Evaluator | None
+    stop: StopRequest
     checkpoints: Checkpoints
     tracker: Tracker
     fingerprints: dict[str, Any]
@@ -97,7 +105,8 @@ class Distillation:
         return self.language_model.model
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """The student's metrics over held-out text; empty without any."""
+        """The student's metrics over held-out text; empty without any, and where a signal cuts it short."""
+        note(step, "evaluation")
         return self.evaluator(self.student_model, step) if self.evaluator is not None else {}
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -109,13 +118,12 @@ class Distillation:
         """The live line of the training loop."""
         return TrainingProgress(self.config.trainer.max_steps, last_step + 1, self.accelerator.is_main_process)
 
-    def agree_on(self, count: Tensor, flag: bool) -> tuple[Tensor, bool]:
-        """The sum of `count` over processes , and whether any process raised `flag`. One exchange for both."""
+    def on_any_process(self, flag: bool) -> bool:
+        """Whether `flag` is raised anywhere, the same answer on all processes."""
         if self.accelerator.num_processes == 1:
-            return count, flag
-        both = torch.stack([count.double(), torch.tensor(float(flag), dtype=torch.float64, device=count.device)])
-        total = self.accelerator.reduce(both, "sum")
-        return total[0], bool(total[1].item() > 0)
+            return flag
+        raised = torch.tensor([float(flag)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(raised, "sum").item())
 
     # -------------------------------------------------------------------------------------------------- saving and going on
 
@@ -136,6 +144,7 @@ class Distillation:
         Learning rate, data position and random numbers are functions of the step and the seed, so weights, optimizer and
         step are all there is to save.
         """
+        note(step, "saving")
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             optimizer_tensors, optimizer_state = optimizer_to_tensors(self.optimizer, self.language_model)
@@ -147,84 +156,113 @@ class Distillation:
                     "optimizer": optimizer_state,
                     "best": self.best,
                     "tokens_seen": self.tokens_seen,
+                    "metrics": self.run.seal_metrics(step),
                     "fingerprints": self.fingerprints,
                 },
                 best=self.best.get("step") == step,
             )
-            self.run.set_step(step)
+            self.run.note_saved(step)
         self.accelerator.wait_for_everyone()
+
+    def stop_if_asked(self, step: int, is_saved: bool) -> None:
+        """End the run after `step`, which is saved first, if any process was asked to stop.
+
+        Raises:
+            Preempted: on all of them.
+        """
+        if self.on_any_process(self.stop.requested):
+            if not is_saved:
+                self.save(step)
+            raise self.stop.preempted(step)
+
+    def lacks_evaluation(self, step: int) -> bool:
+        """Whether there is held-out text, and no evaluation of `step` in the metrics: a signal has cut it short."""
+        is_main = self.accelerator.is_main_process
+        return self.on_any_process(is_main and self.evaluator is not None and "eval/tokens" not in self._logged(step))
+
+    def catch_up(self, step: int) -> None:
+        """Evaluate the step from which the run sets out; the metrics, and the choice of the best, are as if it had not been stopped there."""
+        metrics = self.evaluate(step)
+        self.log(step, self._logged(step) | metrics)  # one row
+        if step > 0 and self.note_if_best(step, metrics):
+            self.save(step)
+
+    def _logged(self, step: int) -> dict[str, float]:
+        rows = [row for row in self.run.metrics() if row["step"] == step]
+        return {key: value for row in rows for key, value in row.items() if key != "step"}
 
     def resume(self) -> int:
         """Load the newest good checkpoint, if there is one, and give its step; 0 for a new run.
 
         Raises:
-            ConfigError: settings, data, tokenizer or teacher differ from those of the checkpoint.
+            ConfigError: settings, data, tokenizer, models or imported code differ from those of the checkpoint.
+            StorageError: what the run had written, checkpoints or rows of its metrics, is damaged or gone.
         """
-        folder = self.config.resume
+        folder, allow = self.config.resume, self.config.resume_allow
         checkpoint = self.checkpoints.newest() if folder in ("auto", "never") else self.checkpoints.at(folder)
         if checkpoint is None:
-            self.run.truncate_metrics(None)  # rows of a run that was killed before its first checkpoint
+            self.begin_anew()
             return 0
-        compare_fingerprints(checkpoint.state["fingerprints"], self.fingerprints, self.config.resume_allow)
+        finished = checkpoint.step >= self.config.trainer.max_steps
+        compare_fingerprints(checkpoint.state["fingerprints"], self.fingerprints, allow, finished)
+        if (
+            checkpoint.path.resolve().parent == self.checkpoints.folder.resolve() and "metrics" in checkpoint.state
+        ):  # not that of another run
+            self.run.check_metrics(checkpoint.step, checkpoint.state["metrics"], allowed="metrics" in allow)
         load_weights(self.language_model, checkpoint.tensors("model"))
         load_optimizer(self.optimizer, self.language_model, checkpoint.tensors("optimizer"), checkpoint.state["optimizer"])
+        set_learning_rate(self.optimizer, learning_rate(checkpoint.step, self.config.trainer))  # as the step left it
         self.best, self.tokens_seen = checkpoint.state["best"], checkpoint.state["tokens_seen"]
         self.run.truncate_metrics(checkpoint.step)
         self.checkpoints.rewind(checkpoint.step)  # with resume=<folder> there may be later ones, of a way not taken
         return checkpoint.step
+
+    def begin_anew(self) -> None:
+        """Where there is no checkpoint: the rows of a run that was killed before its first one are dropped.
+
+        Raises:
+            StorageError: there was one.
+        """
+        if (saved := self.run.status().get("saved_step", 0)) > 0:
+            what = f"no checkpoint is there, and the run has saved step {saved}"
+            remedy = "Bring back a copy of one, name one of another run with resume=<folder>, or start anew with resume=never."
+            raise StorageError(str(self.checkpoints.folder), what, remedy)
+        if lost := max((row["step"] for row in self.run.metrics()), default=0):
+            logger.warning("%s: it was stopped after step %d, before its first checkpoint, and begins anew", self.run.path, lost)
+        self.run.truncate_metrics(None)
 
 
 # ----------------------------------------------------------------------------------------------------------- putting it together
 
 
 @contextmanager
-def open_run(config: Config) -> Iterator[tuple[RunFolder, StopRequest, Tracker]]:
-    """The run's folder, locked, the handler of SIGTERM and Ctrl-C, and the tracker; all closed again however the run ends."""
+def open_run(config: Config) -> Iterator[tuple[RunFolder, Tracker]]:
+    """The run's folder, locked, and the tracker; both closed again however the run ends."""
     assert config.output_dir is not None
     plain, is_main = dataclasses.asdict(config), int(os.environ.get("RANK", "0")) == 0
-    with RunFolder(config.output_dir, plain, resume=config.resume, is_main=is_main) as run, StopRequest() as stop:
+    with RunFolder(config.output_dir, plain, resume=config.resume, is_main=is_main) as run:
         tracker = open_tracker(config.tracking, run.path, plain, is_main)
         try:
-            with naming_the_process():
-                yield run, stop, tracker
+            with ending_together(config.trainer.stuck_after, run.fail):
+                yield run, tracker
         finally:
             tracker.close()
 
 
-@contextmanager
-def naming_the_process() -> Iterator[None]:
-    """With several processes, whose output is mixed, an unexpected error ends in a line that names the one it happened on, and when.
-
-    Memory that is not there is expected, with one process too.
-    """
-    try:
-        yield
-    except MiniDistillError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise out_of_memory(error) from error
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            raise
-        steps = [note for note in getattr(error, "__notes__", []) if note.startswith("step ")]
-        where = ", ".join([f"rank {os.environ.get('RANK', '0')}", *steps])
-        if isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error):  # gloo has no class for it
-            raise DistributedError(where, "another process of the group is gone", "Its own line says why, if it was not killed.") from error
-        print_traceback()
-        raise DistributedError(where, f"{type(error).__name__}: {error}", "The traceback stands above.") from error
-
-
-def prepare(config: Config, run: RunFolder, tracker: Tracker) -> Distillation:
+def prepare(config: Config, run: RunFolder, tracker: Tracker, stop: StopRequest) -> Distillation:
     """Load, build and check everything, the cheap things first."""
     accelerator = start_processes(config.trainer.precision, config.trainer.num_threads)
     objective = build_objective(config.objective, config.trainer, on_gpu=accelerator.device.type == "cuda")
+    if accelerator.is_main_process:
+        warn_of_growing_gradients(config.objective)
     teacher_model = load_teacher(config.teacher, accelerator.device)
     tokenizer = load_shared_tokenizer(config)
     objective.vocab_size = vocabulary_size(tokenizer)
     with accelerator.main_process_first():
         data = prepare_data(config.data, tokenizer, show_progress=accelerator.is_main_process)
 
-    teacher, held_out_teacher = open_teacher(config, teacher_model, data, tokenizer)
+    who = model_identity(teacher_model) if teacher_model is not None else None
+    teacher, held_out_teacher = open_teacher(config, teacher_model, who, data, tokenizer, accelerator)
     student_model = build_student(
         config.student,
         teacher=teacher_model,
@@ -246,6 +284,7 @@ def prepare(config: Config, run: RunFolder, tracker: Tracker) -> Distillation:
     checkpoints = Checkpoints(run.path / "checkpoints", keep=trainer.keep_checkpoints)
     if accelerator.is_main_process:
         checkpoints.check_space(language_model)
+    evaluator = build_evaluator(config, accelerator, data, teacher_model, held_out_teacher, tokenizer, run.path, stop)
     return Distillation(
         config=config,
         run=run,
@@ -268,17 +307,20 @@ def prepare(config: Config, run: RunFolder, tracker: Tracker) -> Distillation:
         ),
         objective=objective,
         optimizer=build_optimizer(language_model, trainer),
-        evaluator=build_evaluator(config, accelerator, data, teacher_model, held_out_teacher, tokenizer, run.path),
+        evaluator=evaluator,
+        stop=stop,
         checkpoints=checkpoints,
         tracker=tracker,
         fingerprints={
             "config": redact(dataclasses.asdict(config)),
+            "world_size": accelerator.num_processes,
             "global_batch_size": trainer.micro_batch_size * trainer.grad_accum_steps * accelerator.num_processes,
             "data": data.fingerprint_parts,
             "tokenizer": tokenizer_fingerprint(tokenizer),
-            "teacher": weights_fingerprint(teacher_model) if teacher_model is not None else None,
-            **({"teacher": teacher.identity} if isinstance(teacher, ServerTeacher) else {}),
+            "teacher": teacher.identity if isinstance(teacher, ServerTeacher) else who,
+            "student": {"config": architecture(student_model)} if config.student.kind == "hf" else None,  # else the settings say it all
             "cache": digest(teacher.description["identity"]) if isinstance(teacher, CachedTeacher) else None,
+            "code": code_fingerprints([*divergences_in_use(config.objective), *(config.evaluation.hooks if evaluator is not None else [])]),
         },
     )
 
@@ -287,7 +329,7 @@ def start_processes(precision: str, num_threads: int | None) -> Accelerator:
     """The process group, device and precision.
 
     Raises:
-        DistributedError: more processes were launched than joined the group.
+        DistributedError: weights were to be sharded, or more processes were launched than joined the group.
     """
     if num_threads is not None:
         torch.set_num_threads(num_threads)
@@ -295,10 +337,8 @@ def start_processes(precision: str, num_threads: int | None) -> Accelerator:
     if precision == "auto":
         precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
     AcceleratorState._reset_state()  # of another run in this process, as in a sweep: its precision is not ours
-    accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=not on_gpu)
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        what = f"accelerate is set up for {accelerator.distributed_type.value}, and checkpoints of sharded weights are not written here"
-        raise DistributedError("torch.distributed", what, "Start with torchrun, which replicates the student (DDP).")
+    _refuse_sharding()
+    accelerator = start_accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=not on_gpu)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise DistributedError(
@@ -309,10 +349,29 @@ def start_processes(precision: str, num_threads: int | None) -> Accelerator:
     return accelerator
 
 
+def _refuse_sharding() -> None:
+    """By what a launcher says of itself: on a CPU, and with a single process, accelerate passes over it and shards nothing.
+
+    Raises:
+        DistributedError: weights were to be sharded.
+    """
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1", "yes", "on"):
+            what = f"accelerate is set up for {name} (ACCELERATE_USE_{name}), and checkpoints of sharded weights are not written here"
+            raise DistributedError("torch.distributed", what, "Start with torchrun, which replicates the student (DDP).")
+
+
 def open_teacher(
-    config: Config, model: PreTrainedModel | None, data: PreparedData, tokenizer: PreTrainedTokenizerBase
+    config: Config,
+    model: PreTrainedModel | None,
+    who: dict[str, Any] | None,
+    data: PreparedData,
+    tokenizer: PreTrainedTokenizerBase,
+    accelerator: Accelerator,
 ) -> tuple[Teacher | None, CachedTeacher | ServerTeacher | None]:
     """Where the training's targets come from, and those of the held-out text where no teacher in this process gives them.
+
+    `who` is what `model` is, to be compared with the cache.
 
     Raises:
         CacheError: the cache is damaged, incomplete, or of something else.
@@ -324,11 +383,19 @@ def open_teacher(
     if config.teacher.cache_dir is None:
         return (OnlineTeacher(model) if model is not None else None), None
     wanted: dict[str, Any] = {"data": data.fingerprint_parts, "tokenizer": tokenizer_fingerprint(tokenizer)}
-    if model is not None:
-        wanted["teacher"] = {"weights": weights_fingerprint(model), "dtype": str(model.dtype).removeprefix("torch.")}
+    if who is not None:
+        wanted["teacher"] = who
     folder = Path(config.teacher.cache_dir).expanduser()
-    held_out = CachedTeacher(folder, wanted, "held_out") if model is None and data.held_out is not None else None
-    return CachedTeacher(folder, wanted), held_out
+    look_through = partial(look_through_together, accelerator)
+    held_out = CachedTeacher(folder, wanted, "held_out", look_through) if model is None and data.held_out is not None else None
+    return CachedTeacher(folder, wanted, "train", look_through), held_out
+
+
+def look_through_together(accelerator: Accelerator, side: Side) -> dict[int, str]:
+    """The damaged shards of a side. The processes of a machine, which read the same files, look at a share each; all learn of all."""
+    on_this_machine = min(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), accelerator.num_processes)
+    found = side.damaged(range(accelerator.local_process_index % on_this_machine, side.num_shards, on_this_machine))
+    return dict(sorted(shard for part in gather_object([found]) for shard in part.items()))
 
 
 def sizes_from_cache(teacher: Teacher | None) -> TeacherSizes | None:
@@ -383,6 +450,7 @@ def build_evaluator(
     cached: CachedTeacher | ServerTeacher | None,
     tokenizer: PreTrainedTokenizerBase,
     output_dir: Path,
+    stop: StopRequest,
 ) -> Evaluator | None:
     """The evaluation hooks over held-out text; None when none is held out."""
     held_out = data.held_out
@@ -407,4 +475,5 @@ def build_evaluator(
         gather_sum=lambda value: accelerator.reduce(value, "sum"),
         show_progress=accelerator.is_main_process,
         output_dir=output_dir,
+        stop=lambda: stop.requested,
     )

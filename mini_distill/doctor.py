@@ -6,6 +6,10 @@ python -m mini_distill.doctor teacher=… student=… data=…          the sett
 from __future__ import annotations
 
 if __name__ == "__main__":
+    from mini_distill.starting import answer_signals
+
+    answer_signals()
+
     from mini_distill.cli import run_command
 
     run_command("mini_distill.doctor:doctor")
@@ -14,14 +18,13 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .cli import load_config
 from .config import Config, DataConfig
 from .data.batch import Batch
 from .data.prepare import PreparedData, prepare_data
@@ -47,6 +50,7 @@ from .evaluation.samples import printable
 from .models.head import LanguageModel
 from .models.loading import load_tokenizer
 from .models.packed_documents import check_documents_kept_apart
+from .run import called, checked
 from .students.build import build_student
 from .teachers.load import load_teacher
 from .teachers.online import OnlineTeacher
@@ -169,10 +173,10 @@ def _batch(data: PreparedData, seq_len: int) -> Batch:
 class CallableDoctor(ModuleType):
     """`mini_distill.doctor([...])`, with overrides as on the command line."""
 
-    def __call__(self, overrides: list[str] | Config = ()) -> list[Finding]:  # type: ignore[assignment]
+    def __call__(self, config: Config | Sequence[str] = ()) -> list[Finding]:
         """The findings; nothing is raised for what they find."""
-        config = overrides if isinstance(overrides, Config) else load_config(overrides)
-        return list(examine(config))
+        found: list[Finding] = called(lambda settings: list(examine(settings)), checked(config, "train", Config))
+        return found
 
 
 sys.modules[__name__].__class__ = CallableDoctor

@@ -6,8 +6,11 @@ expected and what to do. Our own broken invariants are ordinary exceptions and k
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+from .redaction import redact_text
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class MiniDistillError(Exception):
     """A problem the user can mend. Holds one or more `Problem`s; `exit_code` is what the process ends with."""
 
     exit_code = 1
+    in_full = False  # debug=true: a notebook's cell shows the traceback, too
 
     def __init__(self, where: str, what: str, remedy: str = "") -> None:
         self.problems: list[Problem] = [Problem(where, what, remedy)]
@@ -40,6 +44,14 @@ class MiniDistillError(Exception):
         error.problems = problems
         error.args = ("; ".join(map(str, problems)),)
         return error
+
+    def lines(self) -> list[str]:
+        """A line a problem, as they are shown: without secrets."""
+        return [redact_text(f"error: {problem}") for problem in self.problems]
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows below a cell: the frames within this package say nothing that the lines do not."""
+        return redact_text("".join(traceback.format_exception(self))).splitlines() if self.in_full else self.lines()
 
 
 class ConfigError(MiniDistillError):
@@ -96,3 +108,7 @@ class Preempted(MiniDistillError):
     def __init__(self, where: str, what: str, remedy: str = "", exit_code: int = 143) -> None:
         super().__init__(where, what, remedy)
         self.exit_code = exit_code
+
+    def lines(self) -> list[str]:
+        """Not an error: what was asked for has been done."""
+        return [redact_text(str(problem)) for problem in self.problems]

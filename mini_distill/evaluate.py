@@ -8,6 +8,10 @@ python -m mini_distill.evaluate … data=jsonl data.eval_path=rows.jsonl  all ro
 from __future__ import annotations
 
 if __name__ == "__main__":
+    from mini_distill.starting import answer_signals
+
+    answer_signals()
+
     from mini_distill.cli import run_command
     from mini_distill.config import EvaluateCommand
 

@@ -7,6 +7,10 @@ python -m mini_distill.plan … plan.device=cuda plan.memory_gib=80 plan.matmul_
 from __future__ import annotations
 
 if __name__ == "__main__":
+    from mini_distill.starting import answer_signals
+
+    answer_signals()
+
     from mini_distill.cli import run_command
     from mini_distill.config import PlanCommand
 
@@ -24,7 +28,6 @@ from typing import Any
 import torch
 import yaml
 
-from .cli import load_config
 from .config import PlanCommand
 from .contract import objective_terms
 from .data.tokenizers import vocabulary_size
@@ -39,6 +42,7 @@ from .planning.needs import Needs, largest_micro_batch
 from .planning.table import format_plan
 from .planning.tokens import DataSize, data_size
 from .redaction import redact
+from .run import called, checked
 from .storage import atomic_write_text, check_writable
 from .students.build import TeacherSizes
 from .teachers.cache_identity import read_description
@@ -215,9 +219,8 @@ class CallablePlan(ModuleType):
         Raises:
             MiniDistillError: any problem that is the user's to mend.
         """
-        if isinstance(config, str):
-            raise ConfigError("config", f"got the text '{config}', expected a list of overrides", f"Give ['{config}'].")
-        return self.make_plan(config if isinstance(config, PlanCommand) else load_config(config, "plan", PlanCommand))
+        made: Plan = called(self.make_plan, checked(config, "plan", PlanCommand))
+        return made
 
 
 sys.modules[__name__].__class__ = CallablePlan  # import mini_distill as md; md.plan(["student=mini_2m"])

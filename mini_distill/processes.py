@@ -26,6 +26,26 @@ def is_alive(pid: int, process_start: str = "") -> bool:
     return now is not None and (not process_start or not now or now == process_start)
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether a process of this machine is stopped (SIGSTOP, Ctrl-Z); where /proc does not tell, no."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
+
+
+def this_machine() -> str:
+    """The same for processes that see each other's numbers; where /proc does not tell, of this process alone.
+
+    Not the host's name: containers of one host may share it, and machines made from one image too.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return f"{this_host()} {os.getpid()}"
+
+
 def process_start_of(pid: int) -> str | None:
     """Boot and clock tick at which a process started; empty where /proc does not tell; None for a zombie, which is dead."""
     try:

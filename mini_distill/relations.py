@@ -10,17 +10,20 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .config import (
     EVALUATION_METRICS,
     FINGERPRINTS,
     CacheCommand,
     CacheConfig,
+    CacheLookCommand,
     ChoicesConfig,
     Config,
     DataConfig,
     EvaluateCommand,
+    GenerateCommand,
+    GenerateConfig,
     PairsConfig,
     PlanCommand,
     StudentConfig,
@@ -29,7 +32,8 @@ from .config import (
 )
 from .contract import DataOnly, build_config, did_you_mean, known_keys, named_groups, objective_terms, shown
 from .errors import ConfigError, Problem
-from .losses.catalogue import divergence_parameters, matching_parameters
+from .losses.catalogue import divergence_parameters, matching_parameters, tokens_looked_at
+from .storage import read_regular
 from .targets import cache_command
 
 
@@ -77,6 +81,31 @@ def check_evaluate_command(command: EvaluateCommand) -> list[Problem]:
     return problems
 
 
+def check_generate_command(command: GenerateCommand) -> list[Problem]:
+    """The same for `python -m mini_distill.generate`."""
+    problems = check_data(command.data, "data") if command.data.source != "mixture" else []
+    if command.data.source == "mixture":
+        problems = [Problem("data.source", "a mixture, and prompts come from one source", "Go through its parts, one after the other.")]
+    problems = [*problems, *_check_generate(command.generate)]
+    if command.model is not None:
+        return [*problems, *check_local_path("model", command.model)]
+    problems += [*_check_server(command.teacher), *_check_model("teacher", command.teacher)]
+    if command.teacher.kind in ("none", "cached", "server") or command.teacher.cache_dir or command.teacher.cache_kind:
+        remedy = "Choose teacher=embedded or hf, without a cache, or give a model."
+        problems.append(Problem("teacher", "nobody here who could write", remedy))
+    return problems
+
+
+def _check_generate(generate: GenerateConfig) -> Iterator[Problem]:
+    if generate.num_beams > 1 and generate.sampling_temperature > 0:
+        what = f"got {generate.num_beams}, and generate.sampling_temperature is {generate.sampling_temperature}"
+        yield Problem("generate.num_beams", what, "Beam search looks for the likeliest, sampling does not: leave one out.")
+    for name in ("top_p", "num_samples"):
+        if generate.sampling_temperature == 0 and (value := getattr(generate, name)) != 1:
+            remedy = "Set generate.sampling_temperature, such as 1."
+            yield Problem(f"generate.{name}", f"got {value}, and nothing is sampled", remedy)
+
+
 def check_plan_command(command: PlanCommand) -> list[Problem]:
     """The same for `python -m mini_distill.plan`."""
     problems, plan = check_relations(command), command.plan
@@ -90,11 +119,12 @@ def _check_cache(command: CacheCommand) -> Iterator[Problem]:
     cache = command.cache
     if cache.dir is None:
         yield Problem("cache.dir", "missing", "Give the folder of the cache.")
-    if command.teacher.kind in ("none", "cached") or command.teacher.cache_dir or command.teacher.cache_kind:
+    teacher = command.teacher
+    if teacher.kind in ("none", "cached") or teacher.cache_dir or teacher.cache_kind or teacher.cache_k:
         yield Problem(
-            "teacher", "nobody to ask", "Choose teacher=embedded, hf or server, without teacher.cache_dir and teacher.cache_kind."
+            "teacher", "nobody to ask", "Choose teacher=embedded, hf or server, without teacher.cache_dir, cache_kind and cache_k."
         )
-    if command.teacher.kind == "server":
+    if teacher.kind == "server":
         yield from _check_cache_of_server(command)
     belongs = {
         "sampling": ["sampled"],
@@ -163,6 +193,9 @@ def _check_models(teacher: TeacherConfig, student: StudentConfig) -> Iterator[Pr
         yield Problem("teacher.cache_dir", "given, and teacher.kind is none", "Choose teacher=cached.")
     if teacher.kind in ("none", "cached") and teacher.cache_kind is not None:
         yield Problem("teacher.cache_kind", f"given, and teacher.kind is {teacher.kind}: nobody to ask", "Leave it out.")
+    if teacher.cache_k is not None and teacher.cache_kind not in ("sampled", "topk"):
+        what = f"given, and teacher.cache_kind is {shown(teacher.cache_kind)}"
+        yield Problem("teacher.cache_k", what, "It belongs to sampled and topk.")
     if teacher.cache_dir is not None and teacher.cache_kind is None:
         yield from check_local_path("teacher.cache_dir", teacher.cache_dir, is_local=True)
     if teacher.kind == "none" and student.kind == "scratch" and student.tokenizer is None:
@@ -337,60 +370,99 @@ def _check_objective(config: Config) -> Iterator[Problem]:
     if config.teacher.kind == "server":
         yield from _check_served(config)
     elif config.teacher.cache_kind is not None:
-        cache = cache_command(config).cache
-        yield from _check_targets(config, cache.kind, cache.temperature)
+        yield from _check_targets(config, cache_command(config).cache)
     elif config.teacher.cache_dir is not None:
         yield from _check_cached(config)
     for name, points in objective.schedules.items():
         yield from _check_schedule(name, points, [first, "ce", *terms])
 
 
-def _compared(config: Config) -> dict[str, tuple[str, float, float]]:
-    """Where each term of the objective stands -> what it compares, its temperature, its weight."""
+class _Compared(NamedTuple):
+    """A term of the objective, and where its parts are set."""
+
+    name: str
+    name_at: str
+    options: Mapping[str, Any]
+    options_at: str
+    temperature: float
+    temperature_at: str
+
+
+def _compared(config: Config) -> Iterator[_Compared]:
+    """The terms of the objective that have a weight."""
     objective, terms = config.objective, objective_terms(config.objective)
-    compared = {"objective": (objective.divergence, objective.temperature, objective.kl_weight)}
-    return compared | {f"objective.terms.{name}": (str(term.kind), term.temperature or 1.0, term.weight) for name, term in terms.items()}
+    if objective.kl_weight > 0:
+        options = objective.divergence_options, "objective.divergence_options"
+        yield _Compared(objective.divergence, "objective.divergence", *options, objective.temperature, "objective.temperature")
+    for name, term in terms.items():
+        if term.weight > 0:
+            where, temperature = f"objective.terms.{name}", term.temperature or 1.0
+            yield _Compared(str(term.kind), f"{where}.kind", term.options, f"{where}.options", temperature, f"{where}.temperature")
 
 
 def _check_served(config: Config) -> Iterator[Problem]:
     """What a server cannot give."""
-    for where, (name, at, weight) in _compared(config).items():
-        if weight == 0:
-            continue
-        if name in matching_parameters():
-            what = f"{name} looks into the teacher, and a server gives its most likely tokens only"
-            yield Problem(f"{where}.kind", what, "Load the teacher here: teacher=hf.")
-        elif at != 1:
-            what = f"got {at}, and a server gives temperature 1 only"
-            yield Problem(f"{where}.temperature", what, f"Set {where}.temperature=1, or load the teacher here: teacher=hf.")
+    top_k = config.teacher.top_k
+    for term in _compared(config):
+        if term.name in matching_parameters():
+            what = f"{term.name} looks into the teacher, and a server gives its most likely tokens only"
+            yield Problem(term.name_at, what, "Load the teacher here: teacher=hf.")
+        elif term.temperature != 1:
+            what = f"got {term.temperature}, and a server gives temperature 1 only"
+            yield Problem(term.temperature_at, what, f"Set {term.temperature_at}=1, or load the teacher here: teacher=hf.")
+        else:
+            yield from _check_listed(term, top_k, "teacher.top_k", is_whole=False)
 
 
 def _check_cached(config: Config) -> Iterator[Problem]:
     """What the targets of a cache cannot give, as far as its description tells."""
     folder = config.teacher.cache_dir
     try:
-        cache = json.loads((Path(os.path.expanduser(str(folder))) / "cache.json").read_text(encoding="utf-8"))["cache"]
-        kind, temperature = cache["kind"], cache["temperature"]
+        cache = json.loads(read_regular(Path(os.path.expanduser(str(folder))) / "cache.json"))["cache"]
+        settings = CacheConfig(**cache)
     except (OSError, ValueError, KeyError, TypeError):
         return  # said, with what to do, where the cache is opened
-    yield from _check_targets(config, kind, temperature)
+    yield from _check_targets(config, settings)
 
 
-def _check_targets(config: Config, kind: str, temperature: float) -> Iterator[Problem]:
-    """What the objective wants and a cache of this kind and temperature does not hold."""
-    for where, (name, at, weight) in _compared(config).items():
-        setting = f"{where}.divergence" if where == "objective" else f"{where}.kind"
-        if weight == 0:
-            continue
-        if name in matching_parameters():
-            yield Problem(setting, f"{name} looks into the teacher, and there is only a cache", "Leave the cache out.")
-        elif kind == "sampled" and name != "forward_kl":
-            what = f"{name} from sampled targets is biased: only the forward KL is linear in the teacher's distribution"
-            yield Problem(setting, what, "Use objective=forward_kl, or a cache of kind hidden, full or topk.")
-        elif kind != "hidden" and at != temperature:
-            what = f"got {at}, and the cache's temperature is {temperature}"
-            remedy = f"Train at {temperature}, or from a cache written at {at}; kind hidden holds at any."
-            yield Problem(f"{where}.temperature", what, remedy)
+SAME_GRADIENT = "Use forward_kl, which has the same gradient on average and less noise"
+
+OTHER_TEMPERATURE = {
+    "sampled": "what was drawn at one temperature is biased at another",
+    "topk": "the mass of what is not listed is known at that one only",
+}
+"""Why targets of a kind hold at one temperature; the other kinds have the whole distribution."""
+
+
+def _check_targets(config: Config, cache: CacheConfig) -> Iterator[Problem]:
+    """What the objective wants and a cache of these settings does not hold."""
+    for term in _compared(config):
+        if term.name in matching_parameters():
+            yield Problem(term.name_at, f"{term.name} looks into the teacher, and there is only a cache", "Leave the cache out.")
+        elif cache.kind == "sampled" and tokens_looked_at(term.name, term.options) == math.inf:
+            what = f"{term.name} draws from the teacher, and the weights of a sample are no distribution: some can be negative"
+            yield Problem(term.name_at, what, f"{SAME_GRADIENT}, or a cache of kind hidden or full.")
+        elif cache.kind == "sampled" and term.name != "forward_kl":
+            what = f"{term.name} from sampled targets is biased: only the forward KL is linear in the teacher's distribution"
+            yield Problem(term.name_at, what, "Use objective=forward_kl, or a cache of kind hidden, full or topk.")
+        elif cache.kind in OTHER_TEMPERATURE and term.temperature != cache.temperature:
+            what = f"got {term.temperature}, and the cache's temperature is {cache.temperature}: {OTHER_TEMPERATURE[cache.kind]}"
+            remedy = f"Train at {cache.temperature}, or from a cache written at {term.temperature}; kinds hidden and full hold at any."
+            yield Problem(term.temperature_at, what, remedy)
+        elif cache.kind == "topk":
+            k = "teacher.cache_k" if config.teacher.cache_kind else "cache.k"
+            yield from _check_listed(term, cache.k, k, is_whole=cache.tail == "spread")
+
+
+def _check_listed(term: _Compared, listed: int, setting: str, is_whole: bool) -> Iterator[Problem]:
+    """A divergence of single tokens against a list of so many; whole: those that are not listed have a probability each."""
+    needed = tokens_looked_at(term.name, term.options)
+    if needed == math.inf and not is_whole:
+        what = f"{term.name} draws a token, and of those that are not listed only the mass is known"
+        yield Problem(term.name_at, what, f"{SAME_GRADIENT}, or a teacher whose whole distribution is known.")
+    elif listed < needed < math.inf:
+        what = f"{term.name} ranks {needed} of the teacher's tokens, and {listed} are listed"
+        yield Problem(f"{term.options_at}.top_k", what, f"Rank at most {listed}, or list more: {setting}={needed}.")
 
 
 def _check_term(term: TermConfig, where: str, config: Config) -> Iterator[Problem]:
@@ -407,7 +479,18 @@ def _check_term(term: TermConfig, where: str, config: Config) -> Iterator[Proble
             yield Problem(f"{where}.{name}", f"given, and {term.kind} compares what comes out of the models", "Leave it out.")
 
 
+_MATCHING_OPTIONS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "num_relation_heads": ("a whole number of at least 1", lambda value: _is_whole(value) and not isinstance(value, str) and value >= 1),
+    "normalise": ("true or false", lambda value: isinstance(value, bool)),
+}
+"""Option of a function that matches -> what it may be."""
+
+
 def _check_matching(term: TermConfig, where: str, config: Config) -> Iterator[Problem]:
+    for name, value in term.options.items():
+        expected, is_good = _MATCHING_OPTIONS.get(name, ("", lambda _: True))
+        if not is_good(value):
+            yield Problem(f"{where}.options.{name}", f"got {shown(value)}, expected {expected}")
     if term.layers and term.layer_map:
         yield Problem(f"{where}.layer_map", f"given together with {where}.layers", "Name one.")
     for student, teacher in term.layer_map.items():
@@ -415,6 +498,10 @@ def _check_matching(term: TermConfig, where: str, config: Config) -> Iterator[Pr
             yield Problem(
                 f"{where}.layer_map", f"got {shown({student: teacher})}, expected whole numbers", "Give {student block: teacher block}."
             )
+    trainer = config.trainer
+    if trainer.compile and trainer.gradient_checkpointing and term.weight > 0 and not str(term.kind).startswith("hidden"):
+        what = f"true with trainer.gradient_checkpointing=true, and {where} looks into the blocks, which are not seen in compiled recomputation"
+        yield Problem("trainer.compile", what, "Leave one of the two out; hidden_mse and hidden_cosine go with both.")
     if str(term.kind).startswith("attention"):
         for group, part in (("teacher", config.teacher), ("student", config.student)):
             if part.attn_implementation != "eager":
@@ -452,7 +539,7 @@ def _check_schedule(name: str, points: object, terms: list[str]) -> Iterator[Pro
 
 
 def _uses_teacher(config: Config) -> bool:
-    return any(weight > 0 for _, _, weight in _compared(config).values())
+    return any(True for _ in _compared(config))
 
 
 def _is_whole(value: object) -> bool:
@@ -492,7 +579,9 @@ def _check_trainer(config: Config) -> Iterator[Problem]:
 RELATIONS: dict[type, Callable[[Any], list[Problem]]] = {
     Config: check_relations,
     CacheCommand: check_cache_command,
+    CacheLookCommand: check_cache_command,
     EvaluateCommand: check_evaluate_command,
+    GenerateCommand: check_generate_command,
     PlanCommand: check_plan_command,
 }
 """What is checked of the settings of each verb."""

@@ -7,6 +7,11 @@ python -m mini_distill.report multirun/<sweep> --metric eval/forward_kl   ranked
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from mini_distill.starting import answer_signals
+
+    answer_signals()
+
 import argparse
 import sys
 from collections.abc import Sequence
@@ -15,6 +20,7 @@ from types import ModuleType
 
 from .cli import report as report_error
 from .errors import ConfigError, MiniDistillError
+from .evaluation.printable import printable
 from .reporting.measured import Measured, check_something_is_measured, open_measured
 from .reporting.page import page_of_run, page_of_several, page_of_sweep
 from .reporting.sweep import is_sweep, open_sweep, runs_below
@@ -27,7 +33,7 @@ def report(paths: Sequence[Path | str] | Path | str, output: Path | str | None =
     Args:
         paths: Folders of runs or evaluations, or a sweep's folder, which holds runs; one alone need not be a list.
         output: The file; None: `report.html` in the folder, or where there are several in the current one.
-        metric: Of summary.json, by which the runs of a sweep are ranked; None: `eval/student_nll`.
+        metric: Of summary.json, by which the runs of a sweep are ranked; None: their `evaluation.best_metric`.
 
     Returns:
         The file.
@@ -36,27 +42,34 @@ def report(paths: Sequence[Path | str] | Path | str, output: Path | str | None =
         ConfigError: a folder is not there, is none of these, or has nothing to show yet; or no run of a sweep has the metric.
         StorageError: a file of a folder is damaged, or the page cannot be written.
     """
+    return _written(paths, output, metric)[0]
+
+
+def _written(paths: Sequence[Path | str] | Path | str, output: Path | str | None, metric: str | None) -> tuple[Path, list[str]]:
+    """Write the page; gives the file, and a line for each run that did not come to its end."""
     folders = [Path(path).expanduser() for path in ([paths] if isinstance(paths, str | Path) else paths)]
     if not folders:
         raise ConfigError("folder", "none was given", "Give the output_dir of a run.")
     with storage_errors(", ".join(map(str, folders)), "read"):
-        page = _page(folders, metric)
+        page, unfinished = _page(folders, metric)
     file = Path(output).expanduser() if output is not None else (folders[0] if len(folders) == 1 else Path()) / "report.html"
     if file.is_dir():
         raise ConfigError("--output", f"'{file}' is a folder, expected a file", f"Give {file / 'report.html'}.")
     atomic_write_text(file, page)
-    return file
+    return file, unfinished
 
 
-def _page(folders: list[Path], metric: str | None) -> str:
+def _page(folders: list[Path], metric: str | None) -> tuple[str, list[str]]:
     if len(folders) == 1 and is_sweep(folders[0]):
-        return page_of_sweep(open_sweep(folders[0], metric))
+        sweep = open_sweep(folders[0], metric)
+        return page_of_sweep(sweep), [f"{missing.name}: {missing.state}, {missing.why}" for missing in sweep.missing]
     if metric is not None:
         raise ConfigError(
             "--metric", "ranks the runs of a sweep, and no sweep's folder was given", "Leave it out, or give the sweep alone."
         )
     runs = _open_all(folders)
-    return page_of_run(runs[0]) if len(runs) == 1 else page_of_several(runs)
+    page = page_of_run(runs[0]) if len(runs) == 1 else page_of_several(runs)
+    return page, [f"{run.path} {run.unfinished}" for run in runs if run.unfinished]
 
 
 def _open_all(folders: list[Path]) -> list[Measured]:
@@ -75,12 +88,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folders", nargs="+", metavar="folder", help="of a run, of an evaluation, or of a sweep")
     parser.add_argument("--output", type=Path, help="the file (default: report.html in the folder; of several, in the current folder)")
-    parser.add_argument("--metric", help="a key of summary.json that ranks the runs of a sweep (default: eval/student_nll)")
+    parser.add_argument("--metric", help="a key of summary.json that ranks the runs of a sweep (default: their evaluation.best_metric)")
     given = parser.parse_args(arguments)
     try:
-        file = report(given.folders, given.output, given.metric)
+        file, unfinished = _written(given.folders, given.output, given.metric)
     except MiniDistillError as error:
         return report_error(error)
+    for line in unfinished:
+        print(f"Not finished: {printable(line)}")
     print(f"The page: {file}")
     return 0
 

@@ -21,8 +21,9 @@ from .evaluation.speed import forward_tokens_per_second, num_parameters
 from .evaluation.table import build_summary, format_table
 from .models.head import embedding_rows
 from .models.loading import quiet
-from .storage import atomic_folder, verify_folder
+from .storage import atomic_folder, read_regular, verify_folder
 from .teachers.cached import CachedTeacher
+from .training.process_group import note
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +49,9 @@ def write_result(d: Distillation, control: dict[str, Any] | None = None) -> dict
         d: The run, trained.
         control: The summary of the same run without its teacher, to compare with.
     """
+    note(d.config.trainer.max_steps, "result")
     exported_step = export_weights(d)
-    after = metrics_at(d, exported_step)
+    after = metrics_at(d, exported_step) or d.evaluate(exported_step)  # its row is gone where resume_allow=[metrics] was needed
     samples = write_samples(d)
     look = look_closely(d)
     further = {} if look is None else {key: value for key, value in look.metrics().items() if key not in after}
@@ -77,7 +79,7 @@ def write_result(d: Distillation, control: dict[str, Any] | None = None) -> dict
 def _read_summary(run: Path) -> dict[str, Any] | None:
     """What `write_result` wrote last; None where it did not come so far, or the file is damaged."""
     try:
-        summary = json.loads((run / "summary.json").read_bytes())
+        summary = json.loads(read_regular(run / "summary.json"))
     except (OSError, ValueError):
         return None
     return summary if isinstance(summary, dict) else None

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .cli import load_config
-from .config import CacheCommand, Config, EvaluateCommand
-from .errors import ConfigError
+from .config import CacheCommand, Config, EvaluateCommand, GenerateCommand
+from .errors import ConfigError, MiniDistillError
 from .written import read_object, read_rows, read_settings
 
 if TYPE_CHECKING:
@@ -90,10 +90,15 @@ class Run:
             prompt: Text.
             max_new_tokens: At most this many tokens.
             temperature: 0: greedy; above: sampled from torch's global generator.
+
+        Raises:
+            ConfigError: nothing to go on from: no text, and a tokenizer that begins none with a token of its own.
         """
         import torch
 
         ids = self.tokenizer(prompt, return_tensors="pt").input_ids
+        if not ids.numel():
+            raise ConfigError("prompt", "no token to go on from (got an empty text)", "Give the beginning of a text.")
         sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
         pad = next((i for i in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if i is not None), 0)
         with torch.no_grad():
@@ -190,9 +195,23 @@ def checked(config: Any, config_name: str, schema: type) -> Any:
     Raises:
         ConfigError: with every problem found.
     """
+    if isinstance(config, schema):
+        return config
     if isinstance(config, str):
         raise ConfigError("config", f"got the text '{config}', expected a list of overrides", f"Give ['{config}'].")
-    return config if isinstance(config, schema) else load_config(config, config_name, schema)
+    if not isinstance(config, Sequence) or not all(isinstance(text, str) for text in config):
+        what = f"got {config!r:.60} ({type(config).__name__}), expected a list of overrides or a checked {schema.__name__}"
+        raise ConfigError("config", what, "Give texts as on the command line, such as ['trainer.max_steps=200'].")
+    return load_config(config, config_name, schema)
+
+
+def called(verb: Callable[[Any], Any], settings: Any) -> Any:
+    """What a verb gives; with debug=true its errors keep their traceback in a notebook's cell, too."""
+    try:
+        return verb(settings)
+    except MiniDistillError as error:
+        error.in_full = settings.debug
+        raise
 
 
 class CallableTrain(ModuleType):
@@ -208,7 +227,7 @@ class CallableTrain(ModuleType):
             MiniDistillError: any problem that is the user's to mend.
         """
         settings: Config = checked(config, "train", Config)
-        self.train(settings)
+        called(self.train, settings)
         return Run(str(settings.output_dir))
 
 
@@ -224,7 +243,7 @@ class CallableCache(ModuleType):
         Raises:
             MiniDistillError: any problem that is the user's to mend.
         """
-        summary: dict[str, Any] = self.build(checked(config, "cache", CacheCommand))
+        summary: dict[str, Any] = called(self.build, checked(config, "cache", CacheCommand))
         return summary
 
 
@@ -240,5 +259,21 @@ class CallableEvaluate(ModuleType):
         Raises:
             MiniDistillError: any problem that is the user's to mend.
         """
-        summary: dict[str, Any] = self.evaluate(checked(config, "evaluate", EvaluateCommand))
+        summary: dict[str, Any] = called(self.evaluate, checked(config, "evaluate", EvaluateCommand))
+        return summary
+
+
+class CallableGenerate(ModuleType):
+    """The module `mini_distill.generate`, which can be called in the same way."""
+
+    def __call__(self, config: GenerateCommand | Sequence[str] = ()) -> dict[str, Any]:
+        """Let a model go on from the prompts of the data, and give the summary: prompts, rows, tokens, cut off, left out, seconds.
+
+        Args:
+            config: Overrides as on the command line (`["output_dir=answers"]`), or a checked configuration.
+
+        Raises:
+            MiniDistillError: any problem that is the user's to mend.
+        """
+        summary: dict[str, Any] = called(self.generate, checked(config, "generate", GenerateCommand))
         return summary

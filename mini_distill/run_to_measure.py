@@ -1,4 +1,4 @@
-"""The settings of an evaluation of a run: its student, teacher and data, unless the command line says otherwise."""
+"""The settings of a verb that is about a run: its student, teacher and data, unless the command line says otherwise."""
 
 from __future__ import annotations
 
@@ -23,10 +23,15 @@ HOW_MUCH_IT_MEASURES = ("evaluation.max_batches", "evaluation.batch_size")
 logger = logging.getLogger(__name__)
 
 
-def with_settings_of_run(composed: DictConfig, overrides: Sequence[str]) -> DictConfig:
-    """Where `model` is the folder of a run: its student, its teacher and data, and its way of measuring.
+def with_settings_of_run(composed: DictConfig, overrides: Sequence[str], results: str) -> DictConfig:
+    """Where `model` is the folder of a run: its student, its teacher and data, and, for a verb that measures, its way of measuring.
 
     What the command line says goes first: `data=…` and `teacher=…` replace the run's whole group, `data.seq_len=…` one setting of it.
+
+    Args:
+        composed: The settings of the verb.
+        overrides: Its command line.
+        results: The folder within the run for what comes out.
 
     Raises:
         ConfigError: the run has no student yet, or wants to be trusted.
@@ -37,17 +42,18 @@ def with_settings_of_run(composed: DictConfig, overrides: Sequence[str]) -> Dict
     if not (run / "student" / "config.json").is_file():
         raise ConfigError("model", f"the run '{run}' has no student yet", "Run its command again to finish it.")
     if (state := read_object(run / "status.json").get("state", "finished")) != "finished":
-        logger.warning("%s: its status is '%s', so what is measured is the student of an earlier end of the run", run, state)
+        logger.warning("%s: its status is '%s', so this is about the student of an earlier end of the run", run, state)
     of_run = _groups_of(run / "config.yaml")
     given = {text.lstrip("+~").partition("=")[0] for text in overrides}
     for group in {"teacher", "data"} - given:
         composed[group] = _with_overrides(group, of_run.get(group, {}), composed, given)
     if "teacher" not in given:
         _check_trusted(composed.teacher, run / "config.yaml", given)
-    _measure_alike(composed, of_run, given)
+    if "evaluation" in composed:
+        _measure_alike(composed, of_run, given)
     composed["model"] = str(run / "student")
     if composed.get("output_dir") is None and not _changes(given, "data") and not _changes(given, "teacher"):
-        composed["output_dir"] = str(run / "evaluation")
+        composed["output_dir"] = str(run / results)
     return composed
 
 
@@ -68,7 +74,7 @@ def _with_overrides(group: str, of_run: Mapping[str, Any], composed: DictConfig,
     """A group of the run, with those of its settings that the command line names as they stand in `composed`."""
     merged = OmegaConf.create({group: as_it_stands(of_run)})
     if group == "teacher" and of_run.get("kind") != "cached":
-        merged.teacher.cache_dir = merged.teacher.cache_kind = None  # the live teacher stood beside the cache
+        merged.teacher.cache_dir = merged.teacher.cache_kind = merged.teacher.cache_k = None  # the live teacher stood beside the cache
     for key in sorted(key for key in given if key.startswith(f"{group}.")):
         value: Any = OmegaConf.to_container(composed)  # not resolved: what `${…}` refers to may be a setting of the run
         for name in key.split("."):

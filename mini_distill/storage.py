@@ -16,7 +16,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +66,8 @@ def storage_errors(path: Path | str, doing: str) -> Iterator[None]:
         number = _errno(error)
         if number is None:
             raise
-        raise StorageError(str(path), f"cannot {doing}: {os.strerror(number)}", _REMEDIES.get(number, "")) from error
+        what = getattr(error, "strerror", None) or os.strerror(number)
+        raise StorageError(str(path), f"cannot {doing}: {what}", _REMEDIES.get(number, "")) from error
 
 
 def _errno(error: Exception) -> int | None:
@@ -76,11 +77,37 @@ def _errno(error: Exception) -> int | None:
     return int(wrapped.group(1)) if wrapped else None
 
 
+# -------------------------------------------------------------------------------------------------------- reading and appending
+
+
+def open_regular(path: Path | str, flags: int) -> int:
+    """A descriptor of a regular file. A pipe in its place would be waited for without end, and a device never ends.
+
+    Raises:
+        OSError: there is something else, or no such file.
+    """
+    descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)  # opening waits for nobody; reading is no different
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return descriptor
+
+
+def read_regular(path: Path | str) -> bytes:
+    """The content of a regular file; raises as `open_regular`."""
+    with open(open_regular(path, os.O_RDONLY), "rb") as file:
+        return file.read()
+
+
 # ---------------------------------------------------------------------------------------------------------------- atomic writes
 
 
-def atomic_write_text(path: Path | str, text: str) -> None:
+def atomic_write_text(path: Path | str, text: str | Iterable[str]) -> None:
     """Write `text` as UTF-8 to `path`; whatever happens, the file holds the old text or the new one.
+
+    Args:
+        path: The file.
+        text: All of it, or its parts one after the other.
 
     Raises:
         StorageError: the disk is full, read-only, …; the old file is then untouched.
@@ -88,7 +115,7 @@ def atomic_write_text(path: Path | str, text: str) -> None:
     path = Path(path)
     with storage_errors(path, "write"), _temporary_beside(path) as temporary:
         with open(temporary, "x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+            file.writelines([text] if isinstance(text, str) else text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -245,6 +272,7 @@ def _sync_folder(folder: Path) -> None:
 # .tmp-<name>-<pid>@<host>-<random>; "old" instead of "tmp" is what `name` was before it is replaced.
 _TEMPORARY = re.compile(r"^\.(?P<kind>tmp|old)-(?P<name>.+)-(?P<pid>\d+)(@(?P<host>.+))?-(?P<random>[0-9a-f]+)$")
 _in_use: set[str] = set()
+_gone: set[str] = set()
 
 
 @contextlib.contextmanager
@@ -281,7 +309,14 @@ def remove_stale_temporaries(parent: Path | str) -> None:
                 _delete(entry)
 
 
+def mark_as_gone(pid: int, host: str) -> None:
+    """A process of another host is known to be dead: what it left behind is cleared as that of one of this host would be."""
+    _gone.add(f"{pid}@{host}")
+
+
 def _is_stale(name: str, match: re.Match[str]) -> bool:
+    if f"{match['pid']}@{match['host']}" in _gone:
+        return True
     if match["host"] not in (None, this_host()):
         return False
     if int(match["pid"]) == os.getpid():  # in a container every process may be number 1

@@ -28,8 +28,9 @@ import yaml
 from .config import Config
 from .overrides import override
 from .redaction import redact
-from .storage import storage_errors
+from .storage import open_regular, read_regular, storage_errors
 from .training.run_folder import JOB_LOG
+from .training.signals import to_answer
 
 JOBS = "jobs.jsonl"
 STOPPED = (130, 143)
@@ -71,9 +72,9 @@ def run_as_job(config: Config, overrides: Sequence[str], number: int, num_at_onc
 def is_finished(folder: Path, config: Config) -> bool:
     """Whether a run with exactly these settings has finished there."""
     try:
-        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
-        settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        status = json.loads(read_regular(folder / "status.json"))
+        settings = yaml.safe_load(read_regular(folder / "config.yaml"))
+        summary = json.loads(read_regular(folder / "summary.json"))
     except (OSError, ValueError, yaml.YAMLError):
         return False
     return status.get("state") == "finished" and summary.get("train/steps") == config.trainer.max_steps and settings == _plain(config)
@@ -112,7 +113,7 @@ def _run(command: list[str], log: Path, environment: dict[str, str]) -> int:
     """Run to the end, whatever it prints into the log; who stops the sweep stops the job, which saves first."""
     with storage_errors(log, "write the log of the job"):
         log.parent.mkdir(parents=True, exist_ok=True)
-        file = log.open("ab")
+        file = os.fdopen(open_regular(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab")
     settings: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "env": environment, "start_new_session": True}
     with file, subprocess.Popen(command, stdout=file, **settings) as job, _passing_on_signals(job):
         return job.wait()
@@ -120,13 +121,13 @@ def _run(command: list[str], log: Path, environment: dict[str, str]) -> int:
 
 @contextmanager
 def _passing_on_signals(job: subprocess.Popen[bytes]) -> Iterator[None]:
-    """SIGTERM and Ctrl-C reach the job, which is in a session of its own so that it gets each once."""
+    """SIGTERM, SIGHUP and Ctrl-C reach the job, which is in a session of its own so that it gets each once."""
 
     def pass_on(number: int, frame: Any) -> None:
         job.send_signal(number)
 
     try:
-        before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.signal(number, pass_on) for number in to_answer()}
     except ValueError:  # not the main thread of a launcher: it cannot be asked to stop
         yield
         return
@@ -147,7 +148,7 @@ def _environment(config: Config, num_at_once: int) -> dict[str, str]:
 
 def _note(file: Path, entry: dict[str, Any]) -> None:
     line = json.dumps({**entry, "ended": time.time()}, ensure_ascii=False) + "\n"
-    with storage_errors(file, "note the end of the job"), file.open("ab") as jobs:
+    with storage_errors(file, "note the end of the job"), open(open_regular(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as jobs:
         jobs.write(line.encode())  # one write at the end of the file: lines of several jobs do not mix
 
 
@@ -163,7 +164,7 @@ def how_it_ended(code: int) -> str:
 
 def _result(folder: Path, config: Config) -> str:
     try:
-        value = json.loads((folder / "summary.json").read_text(encoding="utf-8")).get(config.evaluation.best_metric)
+        value = json.loads(read_regular(folder / "summary.json")).get(config.evaluation.best_metric)
     except (OSError, ValueError):
         value = None
     return "" if value is None else f", {config.evaluation.best_metric} {value:.4g}"

@@ -11,16 +11,20 @@ from typing import Any
 from .config import CacheCommand, CacheConfig, Config
 from .storage import user_cache
 
-NEUTRAL = ("teacher.device", "teacher.gated", "teacher.cache_dir", "data.cache_dir", "data.num_workers", "cache.dir", "num_threads")
+NEUTRAL = (
+    *("teacher.device", "teacher.gated", "teacher.cache_dir", "teacher.cache_k"),  # the last one is cache.k here
+    *("data.cache_dir", "data.num_workers", "cache.dir", "num_threads"),
+)
 """Settings on which no target depends."""
 
 
 def cache_command(config: Config) -> CacheCommand:
     """What `python -m mini_distill.cache` would be told to write the targets of this run."""
     assert config.teacher.cache_kind is not None
-    live = dataclasses.replace(config.teacher, cache_kind=None, cache_dir=None)
-    temperature = 1.0 if config.teacher.cache_kind == "hidden" else config.objective.temperature  # hidden holds at any
-    cache = CacheConfig(dir=config.teacher.cache_dir, kind=config.teacher.cache_kind, temperature=temperature)
+    teacher = config.teacher
+    live = dataclasses.replace(teacher, cache_kind=None, cache_dir=None, cache_k=None)
+    temperature = 1.0 if teacher.cache_kind in ("full", "hidden") else config.objective.temperature  # these hold at any
+    cache = CacheConfig(dir=teacher.cache_dir, kind=str(teacher.cache_kind), k=teacher.cache_k or CacheConfig().k, temperature=temperature)
     return CacheCommand(live, config.data, cache, config.trainer.precision, config.trainer.num_threads)
 
 

@@ -10,6 +10,10 @@ train → training_loop → optimizer_step → distill_step → losses/objective
 from __future__ import annotations
 
 if __name__ == "__main__":  # --help and configuration errors are answered before torch is imported
+    from mini_distill.starting import answer_signals
+
+    answer_signals()
+
     from mini_distill.cli import run_command
 
     run_command("mini_distill.train:train")  # imports this module by its name, and does not return
@@ -25,7 +29,7 @@ from torch import Tensor, nn
 
 from .cache import write_targets
 from .compare import control_of
-from .config import Config
+from .config import Config, TrainerConfig
 from .data.batch import Batch
 from .distillation import Distillation, open_run, prepare
 from .losses.objective import Objective, ObjectiveSums
@@ -36,6 +40,7 @@ from .run import CallableTrain
 from .teachers.targets import Teacher
 from .training.numerics import add_terms, check_finite, clip_gradient, memory_errors, step_metrics
 from .training.optimizer import learning_rate, set_learning_rate
+from .training.process_group import note
 from .training.randomness import seed_step
 from .training.signals import StopRequest
 
@@ -52,53 +57,61 @@ def train(config: Config) -> dict[str, Any]:
         MiniDistillError: any problem that is the user's to mend, each kind with its exit code.
         Preempted: SIGTERM or Ctrl-C; the run is saved.
     """
-    control = train(control_of(config)) if config.control else None  # the same student without the teacher, in a folder of its own
-    with open_run(config) as (run, stop, tracker):
-        if config.teacher.cache_kind is not None:
-            write_targets(config)  # unless another run has
-        d = prepare(config, run, tracker)  # tokenizer, teacher, student, data, objective, optimizer
-        last_step = d.resume()  # 0 for a new run
-        if (summary := already_finished(d, last_step, control)) is not None:
-            return summary
-        if last_step == 0:
-            d.log(0, d.evaluate(step=0))  # the student before
-        training_loop(d, last_step, stop)
-        return write_result(d, control)  # student/, summary.json, the model card and the final table
+    with StopRequest() as stop:  # SIGTERM and Ctrl-C
+        control = train(control_of(config)) if config.control else None  # the same student without the teacher, in a folder of its own
+        with open_run(config) as (run, tracker):
+            with stop.at_once():
+                if config.teacher.cache_kind is not None:
+                    write_targets(config)  # unless another run has
+                d = prepare(config, run, tracker, stop)  # tokenizer, teacher, student, data, objective, optimizer
+                last_step = d.resume()  # 0 for a new run
+            if (summary := already_finished(d, last_step, control)) is not None:
+                return summary
+            training_loop(d, last_step)
+            return write_result(d, control)  # student/, summary.json, the model card and the final table
 
 
-def training_loop(d: Distillation, last_step: int, stop: StopRequest) -> None:
+def training_loop(d: Distillation, last_step: int) -> None:
     """Optimizer steps `last_step + 1` to `trainer.max_steps`: step, evaluate, log, save.
 
     The data of a step, its learning rate and its random numbers are functions of the seed and the step, so that a run that was
     stopped anywhere, and goes on from a checkpoint, is the run that was never stopped.
+
+    Raises:
+        Preempted: a process was asked to stop; nothing is begun after that, an evaluation that is under way is cut short, and the
+            step is saved.
     """
     trainer = d.config.trainer
+    if last_step == 0 or (_evaluates(last_step, trainer) and d.lacks_evaluation(last_step)):
+        d.catch_up(last_step)  # the student before; or what a signal has cut short
+    d.stop_if_asked(last_step, is_saved=True)
     batches = d.batches.steps(first_step=last_step + 1)
     with d.progress(last_step) as progress:
         for step in range(last_step + 1, trainer.max_steps + 1):
             started = perf_counter()
+            note(step)
             seed_step(d.config.seed, step, d.accelerator.process_index)
             micro_batches = [batch.to(d.accelerator.device) for batch in next(batches)]
             is_last = step == trainer.max_steps
 
             with memory_errors(step, d.config):
-                metrics, stop_now = optimizer_step(d, micro_batches, step, stop_requested=stop.requested)
+                metrics = optimizer_step(d, micro_batches, step)
             metrics["perf/tokens_per_second"] = metrics["train/tokens"] / (perf_counter() - started)
             d.tokens_seen += int(metrics["train/tokens"])
+            d.run.set_step(step)
             progress.update(step, metrics)
 
-            if is_last or _due(step, trainer.eval_every):
+            if _evaluates(step, trainer):
                 metrics |= d.evaluate(step)
-            if is_last or stop_now or _due(step, trainer.log_every) or "eval/tokens" in metrics:
+            if _evaluates(step, trainer) or _due(step, trainer.log_every):
                 d.log(step, metrics)
             is_best = d.note_if_best(step, metrics)
-            if is_last or stop_now or is_best or _due(step, trainer.save_every):
+            if saves := is_last or is_best or _due(step, trainer.save_every):
                 d.save(step)
-            if stop_now and not is_last:
-                raise stop.preempted(step)
+            d.stop_if_asked(step, is_saved=saves)
 
 
-def optimizer_step(d: Distillation, micro_batches: list[Batch], step: int, stop_requested: bool = False) -> tuple[dict[str, float], bool]:
+def optimizer_step(d: Distillation, micro_batches: list[Batch], step: int) -> dict[str, float]:
     """One update of the student from this process's micro-batches.
 
     The gradient is that of Σ loss / N, where N counts the supervised tokens of *all* micro-batches on *all* processes: however
@@ -106,14 +119,13 @@ def optimizer_step(d: Distillation, micro_batches: list[Batch], step: int, stop_
     trainers took, gives short answers more weight than long ones.)
 
     Returns:
-        The step's metrics, and whether any process was asked to stop.
+        The step's metrics.
 
     Raises:
         NumericsError: loss or gradient is not finite on any process; the student is not updated.
     """
-    num_valid_tokens, stop_now = d.agree_on(
-        torch.stack([count_valid_tokens(batch.labels) for batch in micro_batches]).sum(), stop_requested
-    )
+    own_tokens = torch.stack([count_valid_tokens(batch.labels) for batch in micro_batches]).sum()
+    num_valid_tokens = d.accelerator.reduce(own_tokens, "sum")
 
     divisor = num_valid_tokens.clamp(min=1)  # a step with nothing supervised divides nothing by zero
     autocast = d.accelerator.autocast
@@ -134,7 +146,7 @@ def optimizer_step(d: Distillation, micro_batches: list[Batch], step: int, stop_
     set_learning_rate(d.optimizer, learning_rate(step, d.config.trainer))
     d.optimizer.step()
     d.optimizer.zero_grad(set_to_none=True)
-    return step_metrics(d, sums, grad_norm, num_valid_tokens, step), stop_now
+    return step_metrics(d, sums, grad_norm, num_valid_tokens, step)
 
 
 def distill_step(
@@ -161,6 +173,10 @@ def distill_step(
         # From here both distributions are made and compared a few tokens at a time: losses/divergences.py has the formulas.
         sums = objective.fused(student_hidden, output_head(student), teacher_targets, supervised_targets(batch.labels))
         return objective.with_matching(sums, batch)
+
+
+def _evaluates(step: int, trainer: TrainerConfig) -> bool:
+    return step in (0, trainer.max_steps) or _due(step, trainer.eval_every)
 
 
 def _due(step: int, every: int | None) -> bool:

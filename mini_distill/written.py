@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import StorageError
+from .storage import read_regular
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -15,7 +16,7 @@ def read_object(file: Path) -> dict[str, Any]:
     Raises:
         StorageError: it is damaged.
     """
-    return _parsed(file, _text(file), 1) if file.is_file() else {}
+    return _parsed(file, _text(file), 1) if file.exists() else {}
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
@@ -24,7 +25,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     Raises:
         StorageError: a line before it is damaged, or has no step.
     """
-    lines = _text(file).split("\n")[:-1] if file.is_file() else []
+    lines = _text(file).split("\n")[:-1] if file.exists() else []
     rows = [(number, _parsed(file, line, number)) for number, line in enumerate(lines, start=1) if line.strip()]
     for number, row in rows:
         if not isinstance(row.get("step"), int):
@@ -40,7 +41,7 @@ def read_settings(file: Path) -> dict[str, Any]:
     """
     import yaml
 
-    if not file.is_file():
+    if not file.exists():
         return {}
     try:
         found = yaml.load(_text(file), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
@@ -71,7 +72,7 @@ def _parsed(file: Path, text: str, line: int) -> dict[str, Any]:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return read_regular(file).decode()
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise StorageError(f"{file}:{line}", "not UTF-8 text", remedy_for(file)) from error

@@ -9,8 +9,6 @@
 # ---
 
 # %% [markdown]
-
-# %% [markdown]
 # # Cached or online?
 #
 # *Online*, the teacher reads every batch beside the student. *Cached*, it reads the corpus once, its targets are written down, and every

@@ -9,8 +9,6 @@
 # ---
 
 # %% [markdown]
-
-# %% [markdown]
 # # Forward or reverse KL: what does the student keep?
 #
 # A student has too little room for all of its teacher. The divergence decides what it gives up.

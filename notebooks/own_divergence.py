@@ -108,8 +108,8 @@ left.legend(frameon=False);
 # %% [markdown]
 # ## A run by its name
 #
-# `objective.divergence` takes an import path, and what is defined in a cell lives in the module `__main__`. Before the first step the
-# function is tried out on a few numbers: a wrong shape or a lost gradient is one line of error, not a strange curve.
+# `objective.divergence` takes the name of what a cell defines, or the import path of a function in a file. Before the first step it is
+# tried out on a few numbers: a wrong shape or a lost gradient is one line of error, not a strange curve.
 
 # %%
 SHORT = [
@@ -130,8 +130,8 @@ def distilled(name: str, divergence: str, weight: float = 1.0) -> md.Run:
 
 runs = {
     "forward KL": distilled("forward_kl", "forward_kl"),
-    "Hellinger": distilled("hellinger", "__main__.hellinger"),
-    "Hellinger × 4": distilled("hellinger4", "__main__.hellinger", weight=4.0),
+    "Hellinger": distilled("hellinger", "hellinger"),
+    "Hellinger × 4": distilled("hellinger4", "hellinger", weight=4.0),
 }
 
 # %% [markdown]

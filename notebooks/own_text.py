@@ -9,8 +9,6 @@
 # ---
 
 # %% [markdown]
-
-# %% [markdown]
 # # Distil your own text in five minutes
 #
 # From a folder of text files to a student a third of its teacher's size, with the curve of its training, a table of what was kept, and a

@@ -9,8 +9,6 @@
 # ---
 
 # %% [markdown]
-
-# %% [markdown]
 # # Reading a run: where does the student differ?
 #
 # Perplexity is one number for a whole text. This page takes a run apart: its curves, its worst texts token by token, where the distance

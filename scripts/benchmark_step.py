@@ -8,7 +8,8 @@
 
 Every variant (`benchmark_variants.py`) is a process of its own; this one gives each its turn, step by step (A B C A B C …), so that
 all see the same noise. A JSON line per variant: the median time of a step, the ratio to the first variant (the median over the rounds
-of the ratio within a round, with the lowest and the highest), the peak of memory above the loaded models, the first losses. Variants
+of the ratio within a round, with the lowest and the highest), the peak of memory above the loaded models (`state_mib` of it are the
+gradients and AdamW's moments, which every training step has to hold), the first losses. Variants
 with the same objective must agree on the first loss. `scripts/plot_benchmark.py` draws what a sweep has written.
 """
 
@@ -20,6 +21,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -209,10 +211,11 @@ def _table(lines: list[Line]) -> str:
     title = (
         f"Vocabulary {head['vocab']:,}, {head['batch']} × {head['seq']} tokens, {supervised:.1%} supervised, {head['objective']}, {where}"
     )
-    columns = ["variant", "step (s)", "tokens/s", f"time / {head.get('reference', '')}", "peak above models (MiB)"]
+    columns = ["variant", "step (s)", "tokens/s", f"time / {head.get('reference', '')}"]
+    columns += ["peak above models (MiB)", "less gradients and moments (MiB)"]
     columns += ["head products, share of ceiling"] if on_gpu else []
     rows = [_row(line, on_gpu) for line in lines]
-    return f"{title}:\n\n" + _pipes([columns, *rows])
+    return f"{title}:\n\n" + _pipes([columns, *([*row, *[""] * (len(columns) - len(row))] for row in rows)])
 
 
 def _error_table(lines: list[Line]) -> str:
@@ -229,19 +232,21 @@ def _pipes(rows: list[list[str]]) -> str:
 
 def _row(line: Line, on_gpu: bool) -> list[str]:
     if "skipped" in line:
-        return [line["variant"], f"skipped: {line['skipped']}", *[""] * (4 if on_gpu else 3)]
-    peak = f"{line['peak_mib']:,.0f}" if "peak_mib" in line else ""
+        return [line["variant"], "skipped: " + " ".join(line["skipped"].replace("|", "/").split())]
+    memory = [f"{line[name]:,.0f}" if name in line else "" for name in ("peak_mib", "working_mib")]
     ratio = f"{line['ratio']:.2f} ({line['ratio_low']:.2f}–{line['ratio_high']:.2f})"
     ratio += f", {line['reference']} is {line['inverse_ratio']:.2f} of it" if line["variant"] == "floor_sum" else ""
     share = f"{line['head_share_of_ceiling']:.0%}" if "head_share_of_ceiling" in line else ""
-    return [line["variant"], f"{line['seconds']:.3f}", f"{line['tokens_per_second']:,.0f}", ratio, peak, *([share] if on_gpu else [])]
+    return [line["variant"], f"{line['seconds']:.3f}", f"{line['tokens_per_second']:,.0f}", ratio, *memory, *([share] if on_gpu else [])]
 
 
 def read_lines(path: Path) -> list[Line]:
-    """What was written; of a point that was measured again, the last."""
+    """What was written; of a point that was measured again, the last. `working_mib` is the peak without gradients and moments."""
     latest: dict[str, Line] = {}
     for text in path.read_text(encoding="utf-8").splitlines():
         line = json.loads(text)
+        if "peak_mib" in line:
+            line["working_mib"] = line["peak_mib"] - line["state_mib"]
         key = {name: line.get(name) for name in ("way", *(field.name for field in fields(Settings)))}
         latest[json.dumps(key)] = line
     return list(latest.values())
@@ -251,7 +256,10 @@ def read_lines(path: Path) -> list[Line]:
 
 
 def gradient_error(settings: Settings) -> list[Line]:
-    """bf16 tensors, forward KL: the relative error of the gradients of the hidden states and of the head's weight, against float64."""
+    """bf16 tensors, forward KL: the relative error of the gradients of the hidden states and of the head's weight, against float64.
+
+    All begin with the same numbers, which bf16 can hold, so that it is the loss's own rounding that is measured.
+    """
     import torch
     from torch.nn.functional import kl_div, log_softmax
 
@@ -287,6 +295,7 @@ def gradient_error(settings: Settings) -> list[Line]:
     exact = gradients(partial(plain, dtype=torch.float64), torch.float64)
     ways = {
         "mini_distill": gradients(fused, torch.bfloat16),
+        **_on_a_gpu(settings.device, partial(gradients, fused)),
         "plain, float32 log-softmax": gradients(partial(plain, dtype=torch.float32), torch.bfloat16),
         "plain, bf16 log-softmax": gradients(partial(plain, dtype=torch.bfloat16), torch.bfloat16),
         "exact, rounded to bf16": [gradient.bfloat16() for gradient in exact],
@@ -296,6 +305,20 @@ def gradient_error(settings: Settings) -> list[Line]:
     }
     shared = {"vocab": settings.vocab, "rows": rows, "device": settings.device}
     return [{"way": name, **shared, "hidden_error": hidden, "weight_error": weight} for name, (hidden, weight) in errors.items()]
+
+
+def _on_a_gpu(device: str, gradients_in: Callable[[Any], Any]) -> dict[str, Any]:
+    """Those of autocast on a GPU; where there is none, these and those of bf16 weights with a GPU's rounding emulated."""
+    import torch
+    from emulated_gpu import emulated_gpu
+
+    if device == "cuda":
+        with torch.autocast("cuda", torch.bfloat16):
+            return {"mini_distill, autocast over float32 weights": gradients_in(torch.float32)}
+    with emulated_gpu():
+        found = {"mini_distill, a GPU emulated, bf16 weights": gradients_in(torch.bfloat16)}
+    with emulated_gpu(autocast=torch.bfloat16):
+        return found | {"mini_distill, a GPU emulated, autocast over float32 weights": gradients_in(torch.float32)}
 
 
 def _linear(weight: Any) -> Any:

@@ -278,7 +278,7 @@ def _framework(work: Work, objective: str) -> Step:
     batches = cycle(_framework_batches(work))
 
     def step() -> float:
-        metrics, _ = optimizer_step(d, [next(batches).to(d.accelerator.device)], step=1)
+        metrics = optimizer_step(d, [next(batches).to(d.accelerator.device)], step=1)
         loss: float = metrics["train/loss"]
         return loss
 

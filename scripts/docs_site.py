@@ -24,6 +24,7 @@ VERBS = {
     "train": ("train", settings.Config, "python -m mini_distill.train"),
     "cache": ("cache", settings.CacheCommand, "python -m mini_distill.cache"),
     "evaluate": ("evaluate", settings.EvaluateCommand, "python -m mini_distill.evaluate"),
+    "generate": ("generate", settings.GenerateCommand, "python -m mini_distill.generate"),
     "plan": ("plan", settings.PlanCommand, "python -m mini_distill.plan"),
 }
 WITHIN = {

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jupytext
 import nbformat
+from jupyter_client.manager import KernelManager
 from nbformat import NotebookNode
 
 ROOT = Path(__file__).parent.parent
@@ -37,12 +38,13 @@ def as_ipynb(script: Path) -> str:
     return nbformat.writes(notebook, version=nbformat.NO_CONVERT) + "\n"
 
 
-def execute(script: Path, folder: Path, **parameters: object) -> NotebookNode:
-    """Run a notebook in a kernel of its own.
+def execute(script: Path, folder: Path, kernel: KernelManager | None = None, **parameters: object) -> NotebookNode:
+    """Run a notebook.
 
     Args:
         script: The notebook.
-        folder: Where it runs and leaves its files.
+        folder: Where a kernel of its own runs and leaves its files.
+        kernel: To run in, wherever that is, instead of one of its own.
         parameters: Values in place of those of the cell tagged `parameters`.
 
     Raises:
@@ -55,7 +57,7 @@ def execute(script: Path, folder: Path, **parameters: object) -> NotebookNode:
         if "parameters" in cell.metadata.get("tags", []):
             assert all(f"{name} = " in cell.source for name in parameters), f"{script.name} has other parameters"
             cell.source += "".join(f"\n{name} = {value!r}" for name, value in parameters.items())
-    NotebookClient(notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
+    NotebookClient(notebook, kernel, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
     return notebook
 
 

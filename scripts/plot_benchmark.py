@@ -1,4 +1,6 @@
-"""Draw what a sweep of `benchmark_step.py` has written: time and peak memory of a step against what was varied.
+"""Draw what a sweep of `benchmark_step.py` has written: time and memory of a step against what was varied.
+
+The memory is the peak above models, gradients and AdamW's moments: what the loss, and the activations, cost.
 
 python scripts/plot_benchmark.py by_vocab.jsonl --axis vocab --output docs/images/step_vocab.svg
 """
@@ -12,7 +14,7 @@ from typing import Any
 from benchmark_step import Line, read_lines
 
 COLOURS = ("#0b6e99", "#c4500c", "#5a7d2a", "#7b4b94", "#8a6d1a", "#a33b56", "#2f8f83", "#777777")
-MEASURES = {"seconds": ("seconds a step", 1.0), "peak_mib": ("peak memory above the models (GiB)", 1 / 1024)}
+MEASURES = {"seconds": ("seconds a step", 1.0), "working_mib": ("memory above models, gradients and moments (GiB)", 1 / 1024)}
 AXES = {"vocab": "vocabulary", "tokens": "tokens of a step", "supervised_share": "share of supervised tokens"}
 
 

@@ -20,6 +20,9 @@ from mini_distill.cli import load_config
 from mini_distill.config import CacheCommand
 from mini_distill.errors import CacheError, MiniDistillError
 from mini_distill.storage import MANIFEST
+from mini_distill.teachers.bit_packing import pack, packed_bytes, unpack
+from mini_distill.teachers.cache_files import Columns, Reading, Shard
+from mini_distill.teachers.cache_kinds import Kind
 
 cache_module: Any = importlib.import_module("mini_distill.cache")
 
@@ -74,6 +77,35 @@ def change_column(shard: Path, name: str, change: Callable[[np.ndarray], np.ndar
     changed = change(values)
     np.save(file, values if changed is None else changed)
     sign(shard)
+
+
+def change_numbers(shard: Path, name: str, width: int, change: Callable[[np.ndarray], np.ndarray | None]) -> None:
+    """The same for a column of numbers that are packed in `width` bits, of a cache with k = 8."""
+    counts = np.diff(np.load(shard / "starts.npy"))
+    if name == "ids":
+        counts = counts * 8
+    elif not name.endswith("_counts"):
+        counts = np.load(shard / f"{name.partition('_')[0]}_entries.npy").astype(np.int64)
+    pieces = np.split(np.load(shard / f"{name}.npy"), np.cumsum(packed_bytes(counts, width)))[:-1]
+    numbers = unpack(pieces, counts, width)
+    changed = change(numbers)
+    parts = np.split(numbers if changed is None else changed, np.cumsum(counts))[:-1]
+    change_column(shard, name, lambda _: np.concatenate([pack(part, width) for part in parts]))
+
+
+class InMemory(Shard):
+    """A shard of one sequence that was never written."""
+
+    def __init__(self, columns: Columns, tokens: int) -> None:
+        self._columns, self._starts = columns, {}
+        self.starts, self.checksums = np.array([0, tokens]), np.zeros(1, dtype=np.uint32)
+
+
+def read_back(kind: Kind, columns: Columns, tokens: int) -> Any:
+    """The rows that a kind makes of the columns that it encoded, as if they had been written."""
+    shard = InMemory(kind.pack(columns), tokens)
+    kind.check(shard)
+    return kind.decode(Reading([(shard, 0)]), torch.device("cpu")).rows(slice(None), kind.vocab_size)
 
 
 def sign(folder: Path) -> None:

@@ -21,6 +21,14 @@ SPECIAL = ["<unk>", "<bos>", "<eos>", "<pad>"]
 CHARACTERS = string.ascii_lowercase + string.digits + " \n.,:;!?'()=+-*/<>_#é€"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs a GPU stays among the tests where there is none, so that the reason is seen."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu") is not None:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """62 tokens: `<unk>` 0, `<bos>` 1, `<eos>` 2, `<pad>` 3, then one per character of CHARACTERS. Adds no special tokens."""

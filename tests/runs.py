@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from mini_distill.config import Config
 from mini_distill.errors import MiniDistillError
 
 TESTS = Path(__file__).parent
+TWO = ["trainer.micro_batch_size=2"]
+"""On each of two processes; the tiny command has 4 on one."""
 train_module: Any = importlib.import_module("mini_distill.train")  # `mini_distill.train` may also mean the function
 forks = pytest.mark.skipif(torch.cuda.is_available(), reason="a process that has used CUDA cannot be forked")
 
@@ -99,11 +101,15 @@ def send(number: signal.Signals) -> Callable[[], None]:
 
 def in_processes(count: int, body: Callable[[int], object]) -> list[int]:
     """Run `body(rank)` in a group of forked processes, as torchrun would start them; gives how each ended (1: it raised)."""
+    return [wait(child) for child in [fork(of_rank) for of_rank in as_ranks(count, body)]]
+
+
+def as_ranks(count: int, body: Callable[[int], object]) -> list[Callable[[], None]]:
+    """What each of a group of processes has to do."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    children = [fork(lambda rank=rank: _as_rank(rank, count, port, body)) for rank in range(count)]
-    return [wait(child) for child in children]
+    return [functools.partial(_as_rank, rank, count, port, body) for rank in range(count)]
 
 
 def _as_rank(rank: int, count: int, port: int, body: Callable[[int], object]) -> None:
@@ -128,6 +134,8 @@ def fork(body: Callable[[], object]) -> int:
         code = 0
     except MiniDistillError as error:
         code = report(error)
+    except SystemExit as end:
+        code = int(end.code or 0)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -137,6 +145,43 @@ def fork(body: Callable[[], object]) -> int:
 def wait(child: int) -> int:
     """How a forked process ended: its exit code, or minus the signal that killed it."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def forked_sweep(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python -m mini_distill.train -m …` in `folder`, with forks in place of processes: these begin with everything imported."""
+    files = folder / "stdout", folder / "stderr"
+    for file in files:
+        file.write_text("")
+    code = wait(fork(lambda: _as_program(folder, arguments, *files)))
+    return subprocess.CompletedProcess(arguments, code, *(file.read_text() for file in files))
+
+
+def _as_program(folder: Path, arguments: Sequence[str], stdout: Path, stderr: Path) -> None:
+    """Its jobs are forks, too."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    from mini_distill import sweep
+    from mini_distill.cli import TRAIN, run_command
+
+    for number, file in ((1, stdout), (2, stderr)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115 - to the end
+    os.chdir(folder)
+    GlobalHydra.instance().clear()  # that of the sweep, of which this is a job
+    sys.argv = ["train.py", *arguments]
+    sweep._run = lambda command, log, *_: wait(fork(lambda: _as_program(folder, command[3:], log.resolve(), log.resolve())))
+    run_command(TRAIN)
+
+
+def ranks_of(torchrun: int) -> dict[int, int]:
+    """The processes that torchrun has started: rank -> number."""
+    found = {}
+    for child in Path(f"/proc/{torchrun}/task/{torchrun}/children").read_text().split():
+        environment = dict(text.partition("=")[::2] for text in Path(f"/proc/{child}/environ").read_text().split("\0"))
+        if "RANK" in environment:
+            found[int(environment["RANK"])] = int(child)
+    return found
 
 
 def command_line(command: list[str], output_dir: Path, *more: str, torchrun: int = 0, **environment: str) -> subprocess.Popen[str]:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -30,6 +31,7 @@ from caches import (
     cache_config,
     cache_module,
     change_column,
+    change_numbers,
     content,
     from_cache,
     live,
@@ -41,12 +43,16 @@ from faults.injection import count_operations, in_child
 from runs import before_step, checked, copy_of, fork, forks, in_processes, rows, run, send, wait
 
 from mini_distill.cli import load_config, report
-from mini_distill.config import CacheCommand, Config
+from mini_distill.config import CacheCommand, CacheLookCommand, Config
+from mini_distill.data.batch import Batch
 from mini_distill.digest import digest_run
-from mini_distill.errors import ConfigError, MiniDistillError, ModelError, Preempted, StorageError
+from mini_distill.errors import CacheError, ConfigError, MiniDistillError, ModelError, Preempted, StorageError
 from mini_distill.folder_lock import FolderLock
+from mini_distill.teachers import cache_files
 from mini_distill.teachers.cache_build import CacheBuilder
 from mini_distill.teachers.cache_identity import read_description
+from mini_distill.teachers.online import OnlineTeacher
+from mini_distill.teachers.targets import DenseTargets
 
 # ------------------------------------------------------------------------------------------------ the same as the live teacher
 
@@ -95,6 +101,28 @@ def test_two_processes_train_from_a_cache_as_one_beside_the_teacher(
         assert found[name] == pytest.approx(wanted[name], rel=5e-5, abs=5e-5), name
 
 
+@forks
+def test_two_processes_look_through_a_cache_together_and_both_refuse_what_one_found(
+    tiny_command: list[str], small: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each of them read every byte of it at every start."""
+    command = [*from_cache(tiny_command, small), "trainer.micro_batch_size=2"]
+
+    def noted(rank: int) -> None:
+        verify = cache_files.verify_folder
+        with pytest.MonkeyPatch.context() as patch, (tmp_path / f"read-{rank}").open("w") as file:
+            patch.setattr(cache_files, "verify_folder", lambda folder: print(folder, file=file, flush=True) or verify(folder))
+            run(command, tmp_path / "run")
+
+    assert in_processes(2, noted) == [0, 0]
+    read = [(tmp_path / f"read-{rank}").read_text().splitlines() for rank in range(2)]
+    assert all(read) and sorted(read[0] + read[1]) == sorted(str(shard) for shard in small.glob("*/shard-*"))
+    (small / "train" / "shard-00001" / "mark.npy").write_bytes(b"")
+    assert in_processes(2, noted) == [5, 5]
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 2 and all(line.startswith(f"error: {small}/train/shard-00001: mark.npy: 0 bytes") for line in lines)
+
+
 def test_full_is_the_live_teacher_to_the_rounding_of_bfloat16(
     tiny_command: list[str], online: Path, caches: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -104,11 +132,12 @@ def test_full_is_the_live_teacher_to_the_rounding_of_bfloat16(
         assert found[name] == pytest.approx(wanted[name], rel=5e-3, abs=2e-3), name
 
 
-def test_a_cached_temperature_is_that_of_the_run(tiny_command: list[str], tmp_path: Path) -> None:
-    """Full targets written at 2 and trained at 2 are those of the live teacher at 2, not at 4."""
+@pytest.mark.parametrize("written_at", [1, 2])
+def test_a_cached_temperature_is_that_of_the_run(written_at: int, tiny_command: list[str], tmp_path: Path) -> None:
+    """Full targets, written at 2 or at 1 and trained at 2, are those of the live teacher at 2, not at 4."""
     at_two = ["objective.temperature=2"]
     run(live(tiny_command), tmp_path / "live", *at_two)
-    build(tiny_command, tmp_path / "full", "cache.kind=full", "cache.temperature=2")
+    build(tiny_command, tmp_path / "full", "cache.kind=full", f"cache.temperature={written_at}")
     run(from_cache(tiny_command, tmp_path / "full"), tmp_path / "cached", *at_two)
     found, wanted = losses(tmp_path / "cached", *TRAINED), losses(tmp_path / "live", *TRAINED)
     for name in TRAINED:
@@ -215,9 +244,22 @@ def test_targets_of_another_temperature_kind_or_data_are_others(tiny_command: li
         return config.teacher.cache_dir
 
     assert folder() == folder("trainer.max_steps=2", "student.num_layers=2", "objective=reverse_kl", "data.num_workers=1")
-    others = ["objective.temperature=2", "teacher.cache_kind=full", "data.seq_len=16", "data.max_rows=3", "trainer.precision=bf16"]
+    others = ["objective.temperature=2", "teacher.cache_k=8", "teacher.cache_kind=full", "data.seq_len=16", "data.max_rows=3"]
+    others += ["trainer.precision=bf16"]
     assert len({folder(), *(folder(other) for other in others)}) == 1 + len(others)
+    assert folder("teacher.cache_k=32") == folder()
+    for kind in ("full", "hidden"):
+        assert folder(f"teacher.cache_kind={kind}") == folder(f"teacher.cache_kind={kind}", "objective.temperature=2")
     assert folder("teacher.cache_dir=here") == "here"
+
+
+def test_a_run_says_how_many_tokens_its_targets_keep(tiny_command: list[str], shared: Path, tmp_path: Path) -> None:
+    command = [*tiny_command, "teacher.cache_kind=topk"]
+    run([*command, "teacher.cache_k=5"], tmp_path / "run")
+    (folder,) = shared.iterdir()
+    assert read_description(folder)["identity"]["cache"]["k"] == 5
+    line = refused(lambda: run([*command, "teacher.cache_k=63"], tmp_path / "other"), ConfigError)
+    assert line == "teacher.cache_k: got 63, expected at most the 62 tokens of the vocabulary."
 
 
 def test_only_what_is_damaged_is_written_again(tiny_command: list[str], shared: Path, tmp_path: Path) -> None:
@@ -300,6 +342,19 @@ def test_other_divergences_train_from_targets_that_have_them(
     assert all(np.isfinite(row["train/reverse_kl"]) for row in rows(tmp_path / "run") if "train/reverse_kl" in row) and summary
 
 
+@pytest.mark.parametrize(
+    "divergence", [["objective=teacher_argmax_ce"], ["objective=ranking_hinge", "objective.divergence_options.top_k=8"]]
+)
+def test_what_looks_at_the_likeliest_tokens_needs_no_more_than_a_list(
+    divergence: list[str], tiny_command: list[str], caches: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A teacher that is hardly certain: the tail outweighed its first choice, and became the label."""
+    run([*live(tiny_command), *divergence], tmp_path / "live")
+    run([*from_cache(tiny_command, caches("topk")), *divergence], tmp_path / "cached")
+    found, wanted = losses(tmp_path / "cached", "train/loss"), losses(tmp_path / "live", "train/loss")
+    assert found["train/loss"] == pytest.approx(wanted["train/loss"], rel=2e-3)
+
+
 def test_a_student_of_the_teachers_layers_needs_the_teacher(tiny_command: list[str], caches: Callable[[str], Path], tmp_path: Path) -> None:
     command = [
         *without(tiny_command, "teacher", "student"),
@@ -333,7 +388,12 @@ def test_two_builds_are_equal_and_a_second_one_does_nothing(tiny_command: list[s
 
 
 def test_a_damaged_shard_is_made_again_alone(
-    tiny_command: list[str], small: Path, caches: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tiny_command: list[str],
+    small: Path,
+    caches: Callable[[str], Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     shard = small / "train" / "shard-00001"
     others = [folder for folder in small.rglob("shard-*") if folder != shard and folder.is_dir()]
@@ -342,22 +402,26 @@ def test_a_damaged_shard_is_made_again_alone(
     data[-7] ^= 4
     (shard / "levels.npy").write_bytes(data)
     assert f"{shard}: levels.npy: wrong checksum" in refused(lambda: run(from_cache(tiny_command, small), tmp_path / "run"))
+    before = read_description(small)["summary"]
     with caplog.at_level(logging.WARNING):
         summary = build(tiny_command, small, *SMALL)
     assert f"{shard}: levels.npy: wrong checksum; it is made again" in caplog.text
     assert content(small) == content(caches("small")) and [folder.stat().st_mtime_ns for folder in others] == times
-    assert summary["cache/scored_sequences"] == 20
+    assert summary["cache/scored_sequences"] == before["cache/scored_sequences"] + 20  # the repair's own figures took the build's place
+    assert summary["cache/seconds"] > before["cache/seconds"]
+    assert all(summary[key] == value for key, value in before.items() if key.startswith("cache/predicted"))
+    assert "Left to be scored: 20 of 67 sequences, " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["tokenizer", "head"])
 def test_a_damaged_tokenizer_or_head_is_made_again(
-    name: str, tiny_command: list[str], caches: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, tiny_command: list[str], caches: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = copy_of(caches("hidden"), tmp_path / "hidden")
     (file,) = (file for file in (folder / name).iterdir() if file.name in ("tokenizer.json", "head.safetensors"))
     os.truncate(file, 100)
-    cache_module.info(cache_config(tiny_command, folder))
-    assert f"1 parts missing or damaged, the first: {name}: {file.name}: 100 bytes" in capsys.readouterr().out
+    line = refused(lambda: cache_module.info(cache_config(tiny_command, folder)))
+    assert line.startswith(f"{folder / name}: {file.name}: 100 bytes")
     assert name in refused(lambda: run(from_cache(tiny_command, folder), tmp_path / "run"), MiniDistillError)
     assert build(tiny_command, folder, *KINDS["hidden"])["cache/scored_sequences"] > 0  # of the build that scored them
     assert content(folder) == content(caches("hidden"))
@@ -414,7 +478,7 @@ def test_killed_at_file_operations_it_ends_byte_identical(tiny_command: list[str
 
 
 @forks
-@pytest.mark.parametrize("limit", [2000, 8000])
+@pytest.mark.parametrize("limit", [2000, 4000])
 def test_a_full_disk_is_one_line_and_the_build_goes_on(
     limit: int, tiny_command: list[str], caches: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -457,11 +521,22 @@ def test_the_prediction_stands_before_the_scoring_and_is_near(
     monkeypatch.setattr(CacheBuilder, "build", watched)
     summary = build(tiny_command, tmp_path / "cache", *KINDS["sampled"])
     (before,) = printed
-    assert "bytes per token" in before and "minutes" in before and "% of the probability" in before
-    predicted = summary["cache/predicted_bytes_per_token"]
-    assert summary["cache/bytes_per_token"] == pytest.approx(predicted, rel=0.5)  # a tiny shard is a third headers
+    assert "bytes per token" in before and "minutes" in before and "the tokens that are always listed hold" in before
+    assert summary["cache/predicted_seconds"] > 0
     assert 0 < summary["cache/captured_mass"] < 1 and summary["cache/tokens"] > 1000
     assert "Train from it: python -m mini_distill.train teacher=cached" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_predicted_is_what_is_written(kind: str, tiny_command: list[str], tmp_path: Path) -> None:
+    """The first batch of a corpus stood for all of it, nothing for the held-out side, and a column that is never written was counted."""
+    corpus = tmp_path / "growing.jsonl"
+    texts = ["a cat", "the cat sat", "birds " * 40, "the mat and the cat saw two birds " * 10]
+    corpus.write_text("".join(json.dumps({"text": f"{texts[i // 40]} {i}"}) + "\n" for i in range(160)))
+    command = [*tiny_command, f"data.path={corpus}", "data.packing=false", "data.seq_len=64"]
+    summary = build(command, tmp_path / "cache", *KINDS[kind], "cache.batch_size=4")
+    for predicted, written in (("predicted_bytes_per_token", "bytes_per_token"), ("predicted_bytes", "bytes")):
+        assert summary[f"cache/{predicted}"] == pytest.approx(summary[f"cache/{written}"], rel=0.1), predicted
 
 
 def test_a_folder_without_the_right_to_write_is_one_line(tiny_command: list[str], caches: Callable[[str], Path], tmp_path: Path) -> None:
@@ -492,19 +567,25 @@ def test_a_cache_that_cannot_be_written_can_be_read(tiny_command: list[str], sma
 
 
 @contextmanager
-def in_mid_build(action: Callable[[], object], at: int = 3) -> Iterator[None]:
-    """Call `action` before the scoring of batch `at`, those of the prediction among them."""
-    original, calls = CacheBuilder._score, 0
+def in_mid_build(action: Callable[[], object], at: int) -> Iterator[None]:
+    """Call `action` before the scoring of batch `at`, those of the prediction not among them."""
+    score, build, calls = CacheBuilder._score, CacheBuilder.build, -1
 
     def watched(self: CacheBuilder, *args: Any, **kwargs: Any) -> Any:
         nonlocal calls
-        calls += 1
+        calls += calls >= 0
         if calls == at:
             action()
-        return original(self, *args, **kwargs)
+        return score(self, *args, **kwargs)
+
+    def begun(self: CacheBuilder, *args: Any, **kwargs: Any) -> int:
+        nonlocal calls
+        calls = 0
+        return build(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CacheBuilder, "_score", watched)
+        patch.setattr(CacheBuilder, "build", begun)
         yield
 
 
@@ -513,7 +594,7 @@ def test_a_second_builder_gets_one_line_and_harms_nothing(
     tiny_command: list[str], caches: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     codes: list[int] = []
-    with in_mid_build(lambda: codes.append(wait(fork(lambda: build(tiny_command, tmp_path / "cache", *SMALL)))), at=4):
+    with in_mid_build(lambda: codes.append(wait(fork(lambda: build(tiny_command, tmp_path / "cache", *SMALL)))), at=1):
         build(tiny_command, tmp_path / "cache", *SMALL)
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert codes == [6] and len(errors) == 1 and f"in use by process {os.getpid()}" in errors[0]
@@ -524,7 +605,7 @@ def test_a_second_builder_gets_one_line_and_harms_nothing(
 def test_a_signal_ends_in_one_line_and_whole_shards_stay(
     number: signal.Signals, code: int, tiny_command: list[str], caches: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    with in_mid_build(send(number), at=7), pytest.raises(Preempted) as caught:
+    with in_mid_build(send(number), at=4), pytest.raises(Preempted) as caught:
         build(tiny_command, tmp_path / "cache", *SMALL)
     assert caught.value.exit_code == code
     assert str(caught.value).startswith(f"{tmp_path / 'cache'}: stopped by {number.name}; finished shards stay. The same command goes on")
@@ -538,7 +619,7 @@ def test_a_signal_ends_in_one_line_and_whole_shards_stay(
 
 
 def test_an_unfinished_cache_is_not_trained_from(tiny_command: list[str], tmp_path: Path) -> None:
-    with in_mid_build(send(signal.SIGTERM), at=7), pytest.raises(Preempted):
+    with in_mid_build(send(signal.SIGTERM), at=4), pytest.raises(Preempted):
         build(tiny_command, tmp_path / "cache", *SMALL)
     line = refused(lambda: run(from_cache(tiny_command, tmp_path / "cache"), tmp_path / "run"))
     assert "missing" in line and "Build it again with the same command" in line
@@ -561,7 +642,7 @@ def test_one_process_of_two_that_is_killed_leaves_whole_shards(
     tiny_command: list[str], caches: Callable[[str], Path], tmp_path: Path
 ) -> None:
     def body(rank: int) -> None:
-        with in_mid_build(send(signal.SIGKILL) if rank == 1 else (lambda: None), at=5):
+        with in_mid_build(send(signal.SIGKILL) if rank == 1 else (lambda: None), at=2):
             build(tiny_command, tmp_path / "cache", *SMALL)
 
     codes = in_processes(2, body)
@@ -581,15 +662,47 @@ def test_a_teacher_that_is_not_finite_is_one_line(tiny_command: list[str], tiny_
 # --------------------------------------------------------------------------------------------------------------- info and verify
 
 
-def test_info_says_what_it_is_and_whether_it_is_whole(
+def test_info_says_what_it_is_and_what_of_it_is_not_whole(
     tiny_command: list[str], tiny_teacher: Path, small: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """It named the first of the missing parts, and ended with 0 as if there were none."""
     cache_module.info(cache_config(tiny_command, small))
     out = capsys.readouterr().out
-    assert '"kind": "topk"' in out and str(tiny_teacher) in out and "bytes per token" in out and out.endswith("whole\n")
+    assert '"kind": "topk"' in out and str(tiny_teacher) in out and out.endswith("whole\n")
+    figures = r"bytes per token of the training side; the 8 tokens that are listed hold \d\d\.\d % .*\n\d+ sequences scored in \d+ s\n"
+    assert re.search(figures, out)
     shutil.rmtree(small / "train" / "shard-00001")
-    cache_module.info(cache_config(tiny_command, small))
-    assert "1 parts missing or damaged, the first: train/1: missing" in capsys.readouterr().out
+    (small / "held_out" / "shard-00000" / "mark.npy").write_bytes(b"")
+    lines = refused(lambda: cache_module.info(cache_config(tiny_command, small))).splitlines()
+    assert [line.partition(": ")[0] for line in lines] == [str(small / part) for part in ("train/shard-00001", "held_out/shard-00000")]
+    assert lines[0].endswith("missing. Build it again with the same command: only what is missing or damaged is made anew.")
+    assert "whole" not in capsys.readouterr().out and CacheError.exit_code == 5
+
+
+@pytest.mark.parametrize("kind", ["sampled", "draws", "hidden"])
+def test_settings_that_are_left_out_are_those_of_the_cache(kind: str, tiny_command: list[str], caches: Callable[[str], Path]) -> None:
+    """`verify` wanted all of them again, and without them named five that differ."""
+    arguments = [*cache_command(tiny_command), f"cache.dir={caches(kind)}", "cache.num_verify=2"]
+    config = load_config(arguments, "cache", CacheLookCommand)
+    assert cache_module.verify(config)["verify/sequences"] == 4
+    said = [text for text in KINDS[kind] if not text.startswith("cache.sampling")]
+    assert load_config([*arguments, *said], "cache", CacheLookCommand) == config
+
+
+def test_settings_that_are_not_those_of_the_cache_are_named(tiny_command: list[str], caches: Callable[[str], Path]) -> None:
+    folder = caches("small")
+
+    def lines(*more: str, kind: type[MiniDistillError] = CacheError) -> str:
+        arguments = [*cache_command(tiny_command), f"cache.dir={folder}", *more]
+        return refused(lambda: load_config(arguments, "cache", CacheLookCommand), kind)
+
+    assert lines("cache.k=32") == f"{folder}: cache.k: the cache has 8, this run 32. Leave it out, or give the folder of another cache."
+    assert [line.split(": ")[1] for line in lines("cache.kind=full", "cache.temperature=2").splitlines()] == [
+        "cache.kind",
+        "cache.temperature",
+    ]
+    assert "cache.proposal: given, and cache.kind is topk" in lines("cache.proposal=0.5", kind=ConfigError)
+    assert "Interpolation key 'oops' not found" in lines("cache.k=${oops}", kind=ConfigError)
 
 
 def test_info_of_no_cache_is_one_line(tiny_command: list[str], tmp_path: Path) -> None:
@@ -602,6 +715,7 @@ VERIFIED = {
     "spread": ["cache.kind=topk", "cache.k=8", "cache.tail=spread"],
     "sampled at 2": [*KINDS["sampled"], "cache.temperature=2"],
     "full at 2": ["cache.kind=full", "cache.temperature=2"],
+    "hidden in bfloat16": ["cache.kind=hidden", "teacher.dtype=bfloat16"],
 }
 
 
@@ -618,12 +732,17 @@ def shuffled(values: np.ndarray) -> np.ndarray:
     return np.random.default_rng(0).permutation(values)
 
 
-CHANGED: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
-    "sampled": ("tail_ids", shuffled),
-    "topk": ("ids", shuffled),
-    "full": ("log_probs", shuffled),
-    "hidden": ("hidden", shuffled),
-    "draws": ("head_ids", shuffled),
+def others(ids: np.ndarray) -> np.ndarray:
+    """Each token another, those of a row still distinct."""
+    return (ids + 17) % 62
+
+
+CHANGED: dict[str, Callable[[Path], None]] = {
+    "sampled": lambda shard: change_numbers(shard, "tail_ids", 6, others),
+    "topk": lambda shard: change_numbers(shard, "ids", 6, others),
+    "full": lambda shard: change_column(shard, "log_probs", shuffled),
+    "hidden": lambda shard: change_column(shard, "hidden", shuffled),
+    "draws": lambda shard: change_numbers(shard, "head_ids", 6, others),
 }
 
 
@@ -635,9 +754,41 @@ def test_verify_finds_targets_that_were_changed_consistently(
     """Nothing but the live teacher can tell: every checksum fits, and every row is a distribution."""
     folder = copy_of(caches(kind), tmp_path / "cache")
     for shard in (folder / side).glob("shard-*"):
-        change_column(shard, *CHANGED[kind])
-    line = refused(lambda: cache_module.verify(cache_config(tiny_command, folder, *KINDS[kind])))
-    assert "nats per token away from what was written" in line
+        CHANGED[kind](shard)
+    lines = refused(lambda: cache_module.verify(cache_config(tiny_command, folder, *KINDS[kind])))
+    assert "nats away from what was written" in lines or "nats per token away from what was written" in lines
+
+
+@contextmanager
+def another_text_scored_for(number: int) -> Iterator[None]:
+    """The builder is told the targets of another text for one sequence of each side."""
+    original = OnlineTeacher.__call__
+
+    def deceived(self: OnlineTeacher, batch: Batch) -> DenseTargets:
+        ids, wrong = batch.input_ids.clone(), batch.row_ids == number
+        ids[wrong] = (ids[wrong] + 7) % 62
+        return original(self, dataclasses.replace(batch, input_ids=ids))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OnlineTeacher, "__call__", deceived)
+        yield
+
+
+ONE_WRONG = {kind: KINDS[kind] for kind in ("topk", "full", "hidden")} | {
+    "hidden in bfloat16": VERIFIED["hidden in bfloat16"],
+    "sampled": ["cache.kind=sampled", "cache.k=64"],
+    "draws": ["cache.kind=sampled", "cache.k=200", "cache.sampling=draws"],
+}
+
+
+@pytest.mark.parametrize("kind", ONE_WRONG)
+def test_verify_finds_a_single_sequence_of_another_text(kind: str, tiny_command: list[str], tmp_path: Path) -> None:
+    """The mean over all sequences hid it: worst_kl was 12, and the cache was called good."""
+    command = [*without(tiny_command, "data.seq_len"), "data.seq_len=16", "data.eval_fraction=0"]
+    with another_text_scored_for(5):
+        build(command, tmp_path / "cache", *ONE_WRONG[kind])
+    line = refused(lambda: cache_module.verify(cache_config(command, tmp_path / "cache", *ONE_WRONG[kind], "cache.num_verify=1000")))
+    assert re.search(r"train/shard-00000: the live teacher is [\d.]+ nats away from what was written of sequence 5\. Delete", line)
 
 
 # ------------------------------------------------------------------------------------------------------------------- going on
@@ -692,8 +843,14 @@ def test_the_command_ends_in_exit_code_and_one_line(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_every_verb_works_from_the_command_line(tiny_command: list[str], tmp_path: Path) -> None:
     arguments = [*cache_command(tiny_command), f"cache.dir={tmp_path / 'cache'}", *SMALL]
-    for verb, words in (([], "Train from it"), (["build"], "Train from it"), (["verify"], "verify/mean_kl"), (["info"], "whole")):
-        process = cache_process([*verb, *arguments])
+    looks = [*cache_command(tiny_command), f"cache.dir={tmp_path / 'cache'}"]
+    for verb, given, words in (
+        ([], arguments, "Train from it"),
+        (["build"], arguments, "Train from it"),
+        (["verify"], looks, "verify/mean_kl"),
+        (["info"], looks[-1:], "whole"),
+    ):
+        process = cache_process([*verb, *given])
         output, errors = process.communicate(timeout=120)
         assert process.returncode == 0 and words in output, errors
     process = cache_process(["verify", *arguments, "cache.k=9"])

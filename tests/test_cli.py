@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from mini_distill.cli import load_config, run_command
+from mini_distill.config import CacheLookCommand, EvaluateCommand
 from mini_distill.errors import ConfigError
 
 TASK = """
@@ -147,6 +148,20 @@ def test_a_mistake_on_the_command_line_is_one_line(command: Callable[..., Ended]
     assert ended.code == 2
     assert len(ended.lines) == 1 and re.fullmatch("error: " + line, ended.lines[0]), ended.err
     assert ended.out == ""
+
+
+@pytest.mark.parametrize(
+    ("config_name", "schema", "key"), [("evaluate", EvaluateCommand, "model"), ("cache", CacheLookCommand, "cache.dir")]
+)
+def test_a_reference_that_leads_nowhere_is_one_line_for_every_verb(
+    config_name: str, schema: type, key: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Verbs that take settings from a run or a cache followed it before it was checked, and ended in a traceback."""
+    monkeypatch.setattr(sys, "argv", ["mini_distill", f"{key}=${{nosuch}}"])
+    with pytest.raises(SystemExit) as ended:
+        run_command("a_task:task", config_name, schema)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and line.startswith(f"error: {key}: Interpolation key 'nosuch' not found.")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from mini_distill.cli import config_dir, load_config
-from mini_distill.config import Config, DataConfig
+from mini_distill.config import CacheCommand, Config, DataConfig, EvaluateCommand
 from mini_distill.contract import as_it_stands, build_config, did_you_mean, known_keys, mixture_parts
 from mini_distill.errors import ConfigError, Problem
 
@@ -205,6 +205,22 @@ def test_an_unknown_key_names_the_near_one() -> None:
 def test_an_unknown_key_with_nothing_near_lists_what_is_known() -> None:
     (problem,) = problems_of({"tracking": {"zzz": 3}})
     assert "Known here: kind, project" in problem.remedy
+
+
+@pytest.mark.parametrize(
+    ("schema", "settings", "remedy"),
+    [
+        (CacheCommand, {"seed": 1}, "Did you mean 'cache.seed'?"),
+        (CacheCommand, {"trainer": {"max_steps": 3}}, "It belongs to python -m mini_distill.train. Known here: teacher, data, cache,"),
+        (EvaluateCommand, {"control": True}, "It belongs to python -m mini_distill.train. Known here: model, teacher,"),
+        (Config, {"objective": {"terms": {"jsd": {"wieght": 1}}}}, "Did you mean 'objective.terms.jsd.weight'?"),
+    ],
+)
+def test_the_near_name_is_one_of_the_same_verb(schema: type, settings: dict[str, Any], remedy: str) -> None:
+    """They were all looked for among the settings of a training: `mini_distill.cache seed=1` gave "Did you mean 'seed'?"."""
+    with pytest.raises(ConfigError) as caught:
+        build_config(settings, schema)
+    assert caught.value.problems[0].remedy.startswith(remedy)
 
 
 def test_a_preset_without_its_package_line_is_told_about_it() -> None:

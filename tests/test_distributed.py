@@ -5,21 +5,35 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import user_functions
-from runs import before_step, checkpoint_steps, command_line, copy_of, forks, in_processes, rows, run, send, status, steps_of, train_module
+from faults.places import in_midst
+from runs import (
+    TWO,
+    before_step,
+    checkpoint_steps,
+    command_line,
+    copy_of,
+    forks,
+    in_processes,
+    rows,
+    run,
+    send,
+    status,
+    steps_of,
+    train_module,
+)
 from safetensors.torch import load_file, save_file
 
 from mini_distill.data.batch import Batch
 from mini_distill.data.loader import TrainingBatches
 from mini_distill.digest import digest_run
-
-TWO = ["trainer.micro_batch_size=2"]  # on each of two processes; the tiny command has 4 on one
+from mini_distill.errors import ConfigError, DistributedError, Preempted
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -105,16 +119,19 @@ def first_rows_supervised(count: int) -> Iterator[None]:
 
 
 @forks
-def test_two_processes_go_on_to_the_bit(tiny_command: list[str], tmp_path: Path) -> None:
-    assert in_processes(2, lambda rank: run(tiny_command, tmp_path / "undisturbed", *TWO)) == [0, 0]
+@pytest.mark.parametrize(("place", "step"), [("step", 3), ("step 2 (evaluation)", 2), ("step 0 (evaluation)", 0), ("step 0 (loading)", 0)])
+def test_two_processes_go_on_to_the_bit(place: str, step: int, tiny_command: list[str], tmp_path: Path) -> None:
+    """A signal to one of them stops all at the same step, also one that cuts an evaluation short."""
+    command = [*tiny_command, *TWO, "trainer.eval_every=2", "evaluation.hooks=[user_functions.parameter_sum]"]
+    assert in_processes(2, lambda rank: run(command, tmp_path / "undisturbed")) == [0, 0]
 
     def stopped(rank: int) -> None:
-        with before_step(3, send(signal.SIGTERM) if rank == 1 else (lambda: None)):
-            run(tiny_command, tmp_path / "run", *TWO)
+        with in_midst(place, send(signal.SIGTERM)) if rank == 1 else nullcontext():
+            run(command, tmp_path / "run")
 
-    assert in_processes(2, stopped) == [143, 143]  # a signal to one of them stops all at the same step
-    assert checkpoint_steps(tmp_path / "run")[-1] == 3 and status(tmp_path / "run")["state"] == "preempted"
-    assert in_processes(2, lambda rank: run(tiny_command, tmp_path / "run", *TWO)) == [0, 0]
+    assert in_processes(2, stopped) == [143, 143]
+    assert checkpoint_steps(tmp_path / "run")[-1:] == [step][: step > 0] and status(tmp_path / "run")["state"] == "preempted"
+    assert in_processes(2, lambda rank: run(command, tmp_path / "run")) == [0, 0]
     assert digest_run(tmp_path / "run") == digest_run(tmp_path / "undisturbed")
     assert steps_of(tmp_path / "run") == list(range(7))
 
@@ -125,7 +142,32 @@ def test_another_number_of_processes_is_another_batch_and_refused(
 ) -> None:
     folder = copy_of(single, tmp_path / "run")
     assert in_processes(2, lambda rank: run(tiny_command, folder)) == [2, 2]
-    assert "global_batch_size: got 8, and the run to be resumed has 4" in capfd.readouterr().err
+    errors = capfd.readouterr().err
+    assert "global_batch_size: got 8, and the run to be resumed has 4" in errors
+    assert "world_size: got 2, and the run to be resumed has 1. Give the old value back, add resume_allow=[world_size] to" in errors
+
+
+@forks
+def test_a_run_of_one_process_goes_on_with_two_and_with_one_again_where_that_is_allowed(
+    tiny_command: list[str], tmp_path: Path, single: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The global batch stays: the same sequences in the same order, cut otherwise. The sums are rounded otherwise."""
+    folder, allowed = tmp_path / "run", ["resume_allow=[world_size,trainer.micro_batch_size]"]
+
+    def part(until: int, *more: str) -> None:
+        with before_step(until, send(signal.SIGTERM)):
+            run(tiny_command, folder, *more)
+
+    with pytest.raises(Preempted):
+        part(2)
+    assert in_processes(2, lambda rank: part(4, *TWO, "resume_allow=[trainer.micro_batch_size]")) == [2, 2]
+    assert capfd.readouterr().err.count("world_size: got 2, and the run to be resumed has 1.") == 2 and checkpoint_steps(folder) == [2]
+    assert in_processes(2, lambda rank: part(4, *TWO, *allowed)) == [143, 143]
+    with pytest.raises(ConfigError, match="world_size: got 1, and the run to be resumed has 2"):
+        run(tiny_command, folder, "resume_allow=[trainer.micro_batch_size]")
+    run(tiny_command, folder, *allowed)
+    assert_same_run(folder, single)
+    assert steps_of(folder) == list(range(7))
 
 
 @forks
@@ -158,9 +200,20 @@ def test_process_that_raises_ends_all_quickly_with_its_line(tiny_command: list[s
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
     ours = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert [line for line in ours if "rank 1" in line] == [
-        "error: rank 1, step 3: ValueError: a bug of the user's. The traceback stands above."
-    ], errors
-    assert len(ours) <= 2 and errors.count("Traceback (most recent call last)") <= 2, errors  # the bug's and torchrun's own
+    what = "error: rank 1, step 3: ValueError: a bug of the user's."
+    other = f"{what} Rank 0 ends with it. The same command goes on from the last checkpoint."
+    assert sorted(ours) == [other, f"{what} The traceback stands above."], errors
+    assert errors.count("Traceback (most recent call last)") <= 2, errors  # the bug's and torchrun's own
     assert time.monotonic() - started < 90
-    assert status(tmp_path / "run")["state"] != "finished"
+    found = status(tmp_path / "run")
+    assert (found["state"], found["exit_code"]) == ("failed", 8) and found["error"] == other.removeprefix("error: ")
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_sharding_that_accelerate_passes_over_is_refused_by_name(
+    name: str, tiny_command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, or with one process, accelerate ignores it: the run ended well, with the whole student on every process."""
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(DistributedError, match=f"set up for {name} .*Start with torchrun"):
+        run(tiny_command, tmp_path / "run")

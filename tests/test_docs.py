@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from docs_commands import PAGES, ROOT, Block, blocks, commands
+from docs_commands import PAGES, ROOT, Block, blocks, commands, mentions
 
 import mini_distill as md
 from mini_distill import run
@@ -23,8 +23,15 @@ from mini_distill.contract import build_config
 from mini_distill.errors import ConfigError
 from mini_distill.overrides import prepare_overrides
 
-EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-HYDRA_VERBS = {"train": "contract", "cache": "cache_contract", "evaluate": "evaluate_contract", "plan": "plan_contract"}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+EXTRAS = PROJECT["project"]["optional-dependencies"]
+HYDRA_VERBS = {
+    "train": "contract",
+    "cache": "cache_contract",
+    "evaluate": "evaluate_contract",
+    "generate": "generate_contract",
+    "plan": "plan_contract",
+}
 ACTIONS = {"cache": ("build", "verify", "info")}
 SHOWN = ("--help", "--cfg")  # flags of Hydra that show and do not run
 VALUES_OF_TORCHRUN = ("--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--master_port")
@@ -44,6 +51,9 @@ def test_every_command_of_a_page_is_one_that_exists(page: Path, tmp_path: Path) 
             check(command)
         except (AssertionError, ConfigError) as error:
             raise AssertionError(f"{page.name}: {' '.join(command)}: {error}") from error
+    for command in mentions(page, tmp_path):
+        program = command[2].replace(".", "/") + ".py" if command[1] == "-m" else command[1]
+        assert (ROOT / program).is_file(), f"{page.name}: {' '.join(command)}"
 
 
 def check(command: Command) -> None:
@@ -64,6 +74,14 @@ def check(command: Command) -> None:
         check_python(arguments)
     elif program == "mkdocs":
         assert arguments[0] in ("build", "serve"), arguments
+    elif program == "pytest":
+        check_pytest(arguments)
+    elif program == "ruff":
+        assert arguments[0] in ("check", "format"), arguments
+    elif program == ".ci/run":
+        assert (ROOT / program).exists() and not arguments, arguments
+    elif program in ("hf", "vllm"):
+        assert arguments[0] in ("auth", "serve"), arguments  # programs of others
     elif program == "jupyter":
         assert arguments[0] == "lab" and all((ROOT / name).exists() for name in arguments[1:])
     else:
@@ -89,10 +107,17 @@ def check_pip(arguments: Command) -> None:
             assert re.fullmatch(r"[a-z_-]+", name), name
 
 
+def check_pytest(arguments: Command) -> None:
+    markers = [line.partition(":")[0] for line in PROJECT["tool"]["pytest"]["ini_options"]["markers"]]
+    assert not arguments or (arguments[0] == "-m" and arguments[1] in markers and not arguments[2:]), arguments
+
+
 def check_python(arguments: Command) -> None:
     if arguments[0] != "-m":
         check_script(arguments)
-    elif arguments[1] in ("venv", "pytest", "pip"):
+    elif arguments[1] == "pytest":
+        check_pytest(arguments[2:])
+    elif arguments[1] in ("venv", "pip"):
         assert arguments[1] != "pip" or check_pip(arguments[2:]) is None
     elif arguments[1].startswith("tests."):
         module = ROOT / arguments[1].replace(".", "/")
@@ -114,17 +139,23 @@ def check_verb(verb: str, arguments: Command) -> None:
     flags = [text for text in arguments if text not in overrides]
     assert set(flags) <= {"-m", "--multirun", "--help", "--cfg", "job"}, flags
     for job in jobs(overrides) if sweep else [overrides]:
-        if not set(flags) & {"--help"}:
+        if "--help" not in flags:
             compose(verb, job)
 
 
 def jobs(overrides: Command) -> list[Command]:
-    """The command lines that a sweep runs."""
+    """Of the command lines that a sweep runs as many as have every swept value."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    prepared = prepare_overrides(overrides, [config_dir()], sweep=True)
-    return [job for chunk in BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(prepared), None) for job in chunk]
+    prepared = OverridesParser.create().parse_overrides(prepare_overrides(overrides, [config_dir()], sweep=True))
+    seen: set[str] = set()
+    chosen = []
+    for job in itertools.chain(*BasicSweeper.split_arguments(prepared, None)):
+        if not seen.issuperset(job):
+            chosen.append(job)
+            seen |= set(job)
+    return chosen
 
 
 def compose(verb: str, overrides: Command) -> Any:
@@ -243,7 +274,7 @@ def test_examples_of_files_can_be_read(block: Block) -> None:
 
 def test_links_and_images_lead_somewhere() -> None:
     generated = {"configuration.md", *(f"notebooks/{script.stem}.md" for script in (ROOT / "notebooks").glob("*.py"))}
-    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+    for page in PAGES:
         for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
             path = target.partition("#")[0]
             if "://" in target or not path:

@@ -152,8 +152,7 @@ def test_where_all_rows_are_few_the_passes_are_known(tiny_command: list[str]) ->
 @pytest.mark.parametrize(("last", "supervised", "verdict"), [(2, True, GOOD), (2, False, WRONG), (9, True, WRONG)])
 def test_documents_whose_end_is_not_learned_are_wrong(tiny_tokenizer: Any, last: int, supervised: bool, verdict: str) -> None:
     rows = SimpleNamespace(
-        input_ids=np.array([5, 6, last] * 2),
-        supervised=np.array([True, True, supervised] * 2),
+        tokens={"input_ids": np.array([5, 6, last] * 2), "supervised": np.array([True, True, supervised] * 2)},
         offset=np.array([0, 3, 6]),
         lengths=np.array([3, 3]),
     )

@@ -13,6 +13,7 @@ from mini_distill.errors import ConfigError
 
 SCRATCH = {"kind": "scratch", "hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 64}
 SERVER = {"kind": "server", "url": "http://127.0.0.1:1", "path": "some/model"}
+COMPILED_AGAIN = {"compile": True, "gradient_checkpointing": True}
 NO_TEACHER = {"teacher": {"kind": "none"}, "objective": {"kl_weight": 0}}
 
 CONTRADICTIONS: list[tuple[str, dict[str, Any], str]] = [
@@ -21,11 +22,35 @@ CONTRADICTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("teacher.cache_kind", {"teacher": {"kind": "cached", "cache_dir": ".", "cache_kind": "topk"}, "student": SCRATCH}, "nobody to ask"),
     ("teacher.cache_kind", {"teacher": {**SERVER, "cache_kind": "topk"}, "student": SCRATCH}, "train with teacher=cached"),
     ("objective.divergence", {"teacher": {"cache_kind": "sampled"}, "objective": {"divergence": "reverse_kl"}}, "biased"),
+    ("objective.divergence", {"teacher": {"cache_kind": "sampled"}, "objective": {"divergence": "teacher_sample_ce"}}, "can be negative"),
     (
         "objective.terms.a.temperature",
         {"teacher": {"cache_kind": "topk"}, "objective": {"terms": {"a": {"kind": "jsd", "weight": 1.0, "temperature": 2.0}}}},
-        "kind hidden holds at any",
+        "the mass of what is not listed is known at that one only. Train at 1.0",
     ),
+    (
+        "objective.terms.a.temperature",
+        {"teacher": {"cache_kind": "sampled"}, "objective": {"terms": {"a": {"kind": "forward_kl", "temperature": 2.0}}}},
+        "what was drawn at one temperature is biased at another",
+    ),
+    (
+        "objective.divergence",
+        {"teacher": {"cache_kind": "topk"}, "objective": {"divergence": "teacher_sample_ce"}},
+        "only the mass is known",
+    ),
+    ("objective.divergence", {"teacher": SERVER, "student": SCRATCH, "objective": {"divergence": "teacher_sample_ce"}}, "same gradient"),
+    (
+        "objective.divergence_options.top_k",
+        {"teacher": {"cache_kind": "topk", "cache_k": 8}, "objective": {"divergence": "ranking_hinge"}},
+        "ranks 16 of the teacher's tokens, and 8 are listed. Rank at most 8, or list more: teacher.cache_k=16.",
+    ),
+    (
+        "objective.terms.ranking_logistic.options.top_k",
+        {"teacher": SERVER, "student": SCRATCH, "objective": {"terms": {"ranking_logistic": {"options": {"top_k": 21}}}}},
+        "teacher.top_k=21",
+    ),
+    ("teacher.cache_k", {"teacher": {"cache_k": 8}}, "teacher.cache_kind is null"),
+    ("teacher.cache_k", {"teacher": {"cache_kind": "hidden", "cache_k": 8}}, "It belongs to sampled and topk"),
     ("teacher.path", {"teacher": {"path": "some/model"}}, "Choose teacher=hf"),
     ("teacher.path", {"teacher": {"kind": "hf", "path": "/no/such/folder"}}, "no such file or folder"),
     ("teacher.path", {"teacher": {"kind": "hf", "path": "./no_such_folder"}}, "no such file or folder"),
@@ -83,6 +108,16 @@ CONTRADICTIONS: list[tuple[str, dict[str, Any], str]] = [
         {"teacher": {"attn_implementation": "eager"}, "objective": {"terms": {"attention_kl": {}}}},
         "relation_kl",
     ),
+    *(
+        (f"objective.terms.{kind}.options.{name}", {"objective": {"terms": {kind: {"options": {name: value}}}}}, f"expected {expected}")
+        for kind, name, value, expected in (
+            ("relation_kl", "num_relation_heads", "abc", "a whole number of at least 1"),
+            ("relation_kl", "num_relation_heads", 2.5, "a whole number of at least 1"),
+            ("relation_kl", "num_relation_heads", 0, "a whole number of at least 1"),
+            ("hidden_mse", "normalise", "abc", "true or false"),
+        )
+    ),
+    ("trainer.compile", {"trainer": COMPILED_AGAIN, "objective": {"terms": {"relation_kl": {}}}}, "objective.terms.relation_kl looks into"),
     (
         "objective.terms.jsd.weight",
         {**NO_TEACHER, "student": {"kind": "hf", "path": "a/b"}, "objective": {"kl_weight": 0, "terms": {"jsd": {}}}},
@@ -129,9 +164,16 @@ GOOD: list[dict[str, Any]] = [
     {"objective": {"terms": {"jsd": {"weight": 0.1, "options": {"jsd_beta": 0.2}}, "mine": {"kind": "my_package.divergence"}}}},
     {"objective": {"kl_weight": 0, "ce_weight": 0, "terms": {"hidden_mse": {"layers": "uniform"}, "r": {"kind": "relation_kl"}}}},
     {"objective": {"terms": {"hidden_mse": {"layer_map": {0: 3, "1": -1}}}, "schedules": {"ce": {0: 1, "100": 0}, "hidden_mse": {5: 0.5}}}},
+    {"teacher": {"cache_kind": "topk"}, "objective": {"divergence": "teacher_argmax_ce", "terms": {"ranking_hinge": {}}}},
+    {"teacher": {"cache_kind": "topk", "cache_k": 4}, "objective": {"divergence": "ranking_hinge", "divergence_options": {"top_k": 4}}},
+    {"teacher": {"cache_kind": "full"}, "objective": {"divergence": "teacher_sample_ce", "temperature": 2.0}},
+    {"teacher": SERVER, "student": SCRATCH, "objective": {"divergence": "teacher_argmax_ce"}},
     {"evaluation": {"best_metric": "mine", "hooks": ["my_package.hook"]}},
     {"trainer": {"max_steps": 1}},
     {"trainer": {"export": "best", "eval_every": 10}},
+    {"trainer": COMPILED_AGAIN, "objective": {"terms": {"hidden_mse": {}}}},
+    {"trainer": {"compile": True}, "objective": {"terms": {"relation_kl": {}}}},
+    {"trainer": COMPILED_AGAIN, "objective": {"terms": {"relation_kl": {"weight": 0}}}},
     {"trainer": {"micro_batch_size": 1}, "student": {"attn_implementation": "flash_attention_2"}},
     {"resume_allow": ["trainer.max_steps", "data", "tokenizer", "global_batch_size"]},
     {"resume": "."},

@@ -14,7 +14,8 @@ import pytest
 from transformers import LlamaForCausalLM
 
 import mini_distill as md
-from mini_distill.errors import ConfigError
+from mini_distill.contract import objective_terms
+from mini_distill.errors import ConfigError, DataError, Preempted
 from mini_distill.losses.divergences import forward_kl
 
 SHORT = ["trainer.max_steps=3", "evaluation.num_samples=0"]
@@ -52,8 +53,31 @@ def test_mistakes_are_errors_and_not_exits(tiny_command: list[str], tmp_path: Pa
         md.train([*tiny_command, "trainer.max_stpes=3"])
     with pytest.raises(ConfigError, match=r"list of overrides.*\['student=mini_2m'\]"):
         md.train("student=mini_2m")
+    for wrong, shown in ((3, "3 \\(int\\)"), (None, "None"), ({"seed": 1}, "dict"), ([3], "list"), ([["seed=1"]], "list")):
+        for verb in (md.train, md.cache, md.evaluate, md.plan, md.doctor):
+            with pytest.raises(ConfigError, match=f"config: got .*{shown}.*expected a list of overrides"):
+                verb(wrong)
     with pytest.raises(ConfigError, match="not the folder of a run"):
         md.load_run(tmp_path)
+
+
+def test_an_error_in_a_cell_is_its_lines_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistyped setting gave a traceback of many frames, through files that the reader of a notebook never wrote."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecret")
+    with pytest.raises(ConfigError) as caught:
+        md.train(["trainer.max_stpes=3", "seed=hf_secretsecretsecret"])
+    assert caught.value._render_traceback_() == caught.value.lines()
+    assert [line.partition(":")[0] for line in caught.value.lines()] == ["error", "error"] and "hf_" not in "".join(caught.value.lines())
+    with pytest.raises(DataError) as caught:
+        md.train(["debug=true", "data=text", f"data.path={tmp_path}", f"output_dir={tmp_path / 'run'}"])
+    assert any("in open_source" in line or "prepare.py" in line for line in caught.value._render_traceback_())  # as on a command line
+    assert Preempted("step 3", "saved").lines() == ["step 3: saved."]
+
+
+def test_an_empty_prompt_is_one_line_where_nothing_begins_a_text(tiny_command: list[str], tmp_path: Path) -> None:
+    run = md.train([*tiny_command, *SHORT, f"output_dir={tmp_path / 'run'}"])
+    with pytest.raises(ConfigError, match=r"^prompt: no token to go on from \(got an empty text\)"):
+        run.generate("")
 
 
 def test_what_is_not_there_is_named(tiny_command: list[str], tmp_path: Path) -> None:
@@ -94,10 +118,22 @@ def test_what_a_cell_defines_is_used_by_its_name(tiny_command: list[str], tmp_pa
     cell = ModuleType("__main__")
     exec(CELL, cell.__dict__)
     monkeypatch.setitem(sys.modules, "__main__", cell)
-    names = ["objective.divergence=__main__.hellinger", "data.source=__main__.Lines", "evaluation.hooks=[__main__.number_of_layers]"]
+    names = ["objective.divergence=hellinger", "data.source=Lines", "evaluation.hooks=[number_of_layers]"]
     free = [override for override in tiny_command if not override.startswith("data")]
     run = md.train([*free, "data=jsonl", *names, "data.seq_len=32", "data.path=null", *SHORT, f"output_dir={tmp_path / 'run'}"])
     assert run.metrics["train/hellinger"].iloc[-1] > 0 and run.summary["eval/layers"] == 1 and run.summary["data/rows_read"] == 40
+    assert run.config["objective"]["divergence"] == "__main__.hellinger" and run.config["data"]["source"] == "__main__.Lines"
+
+
+def test_names_of_ours_come_before_those_of_a_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = ModuleType("__main__")
+    cell.jsd = cell.text = cell.mine = lambda *_: None  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "__main__", cell)
+    own = md.load_config(["objective.terms.mine.weight=1", "objective.terms.second={kind: mine}", "objective.divergence=jsd"])
+    assert own.objective.divergence == "jsd"
+    assert {name: term.kind for name, term in objective_terms(own.objective).items()} == dict.fromkeys(["mine", "second"], "__main__.mine")
+    with pytest.raises(ConfigError, match="no divergence called 'mien'"):
+        md.load_config(["objective.divergence=mien"])
 
 
 CELL = """

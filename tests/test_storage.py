@@ -18,6 +18,8 @@ from mini_distill.storage import (
     atomic_write_text,
     check_writable,
     make_readable,
+    open_regular,
+    read_regular,
     remove_folder,
     remove_stale_temporaries,
     replace_in_folder,
@@ -38,6 +40,30 @@ def content(path: Path) -> str | None:
 
 
 # -------------------------------------------------------------------------------------------------------------------- one file
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_only_regular_files_are_opened(kind: str, tmp_path: Path) -> None:
+    """Opening a pipe waits for whoever is at its other end, who may never come; reading a device never ends."""
+    file = tmp_path / "file"
+    {"pipe": lambda: os.mkfifo(file), "device": lambda: file.symlink_to("/dev/zero"), "folder": file.mkdir}[kind]()
+    for flags in (os.O_RDONLY, os.O_RDWR | os.O_CREAT | os.O_APPEND):
+        before = len(os.listdir("/proc/self/fd"))
+        with (
+            pytest.raises(StorageError, match=rf"^{file}: cannot open: (not a regular file|Is a directory)\."),
+            storage_errors(file, "open"),
+        ):
+            open_regular(file, flags)
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_regular_file_is_read_also_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "there").write_bytes(b"content")
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    assert read_regular(tmp_path / "link") == b"content"
+    with pytest.raises(FileNotFoundError):
+        read_regular(tmp_path / "nowhere")
 
 
 def test_a_text_file_is_replaced_and_nothing_else_stays_behind(tmp_path: Path) -> None:

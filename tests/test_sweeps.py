@@ -16,7 +16,7 @@ import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
-from runs import run
+from runs import forked_sweep, forks, run
 
 from mini_distill import sweep
 from mini_distill.cli import _check_direction, config_dir, load_config
@@ -35,7 +35,7 @@ def job_lines(text: str) -> list[str]:
     return [line for line in text.splitlines() if line.startswith("[job ")]
 
 
-@pytest.mark.timeout(280)
+@forks
 def test_a_failed_job_does_not_sink_the_sweep_and_the_same_command_runs_what_is_missing(tiny_command: list[str], tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text("{broken\n")
@@ -45,7 +45,7 @@ def test_a_failed_job_does_not_sink_the_sweep_and_the_same_command_runs_what_is_
         f"data.path={bad},{good}",
         "-m",
     ]
-    ended = train(tmp_path, *command)
+    ended = forked_sweep(tmp_path, *command)
     assert ended.returncode == 3, ended.stderr
     (folder,) = (tmp_path / "multirun").iterdir()
     first, second = (json.loads(line) for line in (folder / "jobs.jsonl").read_text().splitlines())
@@ -57,7 +57,7 @@ def test_a_failed_job_does_not_sink_the_sweep_and_the_same_command_runs_what_is_
     assert "step 2/2" in (folder / second["folder"] / "job.log").read_text()
 
     bad.write_text((Path(good)).read_text())  # mended
-    again = train(tmp_path, *command)
+    again = forked_sweep(tmp_path, *command)
     assert again.returncode == 0, again.stdout + again.stderr
     lines = job_lines(again.stdout)
     assert len(lines) == 3 and "finished in" in lines[1] and "already finished, eval/student_perplexity" in lines[2]
@@ -108,7 +108,7 @@ def test_every_value_of_a_shipped_sweep_composes(preset: str) -> None:
     assert len(params) >= 1
 
 
-@pytest.mark.timeout(280)
+@forks
 def test_a_search_proposes_again_what_has_finished_and_goes_on_from_there(tiny_command: list[str], tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="needs the extra mini_distill[sweep]")
     search = [
@@ -119,9 +119,9 @@ def test_a_search_proposes_again_what_has_finished_and_goes_on_from_there(tiny_c
         "trainer.max_steps=2",
         f'hydra.sweep.dir="{tmp_path / "search"}"',
     ]
-    first = train(tmp_path, *search, "hydra.sweeper.n_trials=1")
+    first = forked_sweep(tmp_path, *search, "hydra.sweeper.n_trials=1")
     assert first.returncode == 0, first.stdout + first.stderr
-    second = train(tmp_path, *search, "hydra.sweeper.n_trials=2")
+    second = forked_sweep(tmp_path, *search, "hydra.sweeper.n_trials=2")
     lines = job_lines(second.stdout)
     assert "already finished" in lines[0] and "finished in" in lines[2], second.stdout + second.stderr
     jobs = [json.loads(line)["folder"] for line in (tmp_path / "search" / "jobs.jsonl").read_text().splitlines()]

@@ -14,9 +14,11 @@ import torch
 from runs import before_step, checkpoint_steps, rows, run, status, steps_of, train_module
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from mini_distill.cli import load_config
 from mini_distill.errors import ConfigError, ModelError, NumericsError, StorageError
+from mini_distill.training.signals import StopRequest
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -61,6 +63,65 @@ def test_accumulated_gradient_is_that_of_the_whole_batch_though_rows_differ_in_l
     assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), abs=1e-5)
 
 
+def test_activations_that_are_computed_again_change_nothing(
+    tiny_command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, calls = LlamaMLP.forward, []
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, states: calls.append(self.training) or forward(self, states))
+    for name, again in (("a", "false"), ("b", "true")):
+        run(tiny_command, tmp_path / name, "trainer.max_steps=3", f"trainer.gradient_checkpointing={again}")
+    assert sum(calls) == 3 + 2 * 3  # the student has one block
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert_close(tmp_path / "a", tmp_path / "b", 0)
+
+
+COMPILED = {
+    "alone": ("data.eval_fraction=0",),
+    "recomputed": ("trainer.gradient_checkpointing=true", "objective.terms.hidden_mse.weight=0.5"),
+}
+
+
+@pytest.mark.parametrize("more", COMPILED.values(), ids=COMPILED)
+def test_a_compiled_student_trains_as_the_plain_one(
+    more: tuple[str, ...], tiny_command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced and differentiated as for every backend, and then run by torch itself, which takes no minute."""
+    traced, original = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **settings: traced.append(args) or original(*args, **settings, backend="aot_eager"))
+    for name, compiled in (("a", "false"), ("b", "true")):
+        run(tiny_command, tmp_path / name, "trainer.max_steps=3", *more, f"trainer.compile={compiled}")
+    assert len(traced) == 2  # the trunk, and the terms of the loss
+    assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-5)
+    assert_close(tmp_path / "a", tmp_path / "b", 1e-4)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where no C compiler is installed."""
+
+    def fails(*_: Any) -> None:
+        raise OSError("No working C++ compiler found")
+
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **settings: original(*args, **settings, backend=fails))
+
+
+def test_without_a_compiler_the_terms_run_as_they_are_and_a_line_says_so(
+    no_compiler: None, tiny_command: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a GPU with Triton the terms are compiled unasked, and the run died where there was no C compiler."""
+    for name, compiled in (("a", "false"), ("b", "true")):
+        run(tiny_command, tmp_path / name, "trainer.max_steps=3", f"objective.compile={compiled}")
+    (line,) = [record.getMessage() for record in caplog.records if "compile" in record.getMessage()]
+    assert line.startswith("objective.compile: ") and "No working C++ compiler found" in line
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def test_without_a_compiler_a_student_that_shall_be_compiled_is_refused(no_compiler: None, tiny_command: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.compile: true, and the student cannot be compiled here \(.*No working C"):
+        run(tiny_command, tmp_path / "run", "trainer.compile=true", "data.eval_fraction=0")
+
+
 def test_tokens_and_learning_rate_are_those_of_the_step(tiny_command: list[str], tmp_path: Path) -> None:
     summary = run(tiny_command, tmp_path / "run", "trainer.warmup_steps=2", "trainer.schedule=constant")
     found = [row for row in rows(tmp_path / "run") if row["step"]]
@@ -72,9 +133,9 @@ def test_no_gradient_reaches_the_teacher_and_training_leaves_it_as_it_was(
     tiny_command: list[str], tmp_path: Path, tiny_teacher: Path
 ) -> None:
     config = load_config([*tiny_command, f"output_dir={tmp_path / 'run'}"])
-    with train_module.open_run(config) as (folder, stop, tracker):
-        d = train_module.prepare(config, folder, tracker)
-        train_module.training_loop(d, 0, stop)
+    with StopRequest() as stop, train_module.open_run(config) as (folder, tracker):
+        d = train_module.prepare(config, folder, tracker, stop)
+        train_module.training_loop(d, 0)
     assert d.teacher is not None
     original = AutoModelForCausalLM.from_pretrained(tiny_teacher).state_dict()
     assert all(p.grad is None and not p.requires_grad for p in d.teacher.model.parameters())
@@ -116,17 +177,17 @@ def test_row_at_fault_is_the_one_that_is_named(tiny_command: list[str], tmp_path
 
     monkeypatch.setattr(train_module, "distill_step", poisoned)
     config = load_config([*tiny_command, f"output_dir={tmp_path / 'run'}", "data.packing=false", "trainer.max_steps=20"])
-    with pytest.raises(NumericsError) as caught, train_module.open_run(config) as (folder, stop, tracker):
-        d = train_module.prepare(config, folder, tracker)
+    with pytest.raises(NumericsError) as caught, StopRequest() as stop, train_module.open_run(config) as (folder, tracker):
+        d = train_module.prepare(config, folder, tracker, stop)
         origins += d.data.train.origins(5)
-        train_module.training_loop(d, 0, stop)
+        train_module.training_loop(d, 0)
     assert f"(rows {origins[0]})" in str(caught.value)
 
 
 def test_weights_stay_when_the_gradient_is_not_finite(tiny_command: list[str], tmp_path: Path) -> None:
     config = load_config([*tiny_command, f"output_dir={tmp_path / 'run'}"])
-    with train_module.open_run(config) as (folder, _, tracker):
-        d = train_module.prepare(config, folder, tracker)
+    with StopRequest() as stop, train_module.open_run(config) as (folder, tracker):
+        d = train_module.prepare(config, folder, tracker, stop)
         before = {name: p.detach().clone() for name, p in d.language_model.named_parameters()}
         next(d.language_model.parameters()).register_hook(lambda gradient: gradient * float("inf"))
         with pytest.raises(NumericsError, match="gradient norm not finite"):
@@ -136,12 +197,12 @@ def test_weights_stay_when_the_gradient_is_not_finite(tiny_command: list[str], t
 
 def test_step_with_nothing_supervised_gives_exactly_zero(tiny_command: list[str], tmp_path: Path) -> None:
     config = load_config([*tiny_command, f"output_dir={tmp_path / 'run'}", "trainer.weight_decay=0"])
-    with train_module.open_run(config) as (folder, _, tracker):
-        d = train_module.prepare(config, folder, tracker)
+    with StopRequest() as stop, train_module.open_run(config) as (folder, tracker):
+        d = train_module.prepare(config, folder, tracker, stop)
         before = {name: p.detach().clone() for name, p in d.language_model.named_parameters()}
         (batch,) = next(d.batches.steps())
         batch.labels.fill_(-100)
-        metrics, _ = train_module.optimizer_step(d, [batch], 1)
+        metrics = train_module.optimizer_step(d, [batch], 1)
     assert metrics["train/loss"] == 0 and metrics["train/grad_norm"] == 0
     assert all(torch.equal(p, before[name]) for name, p in d.language_model.named_parameters())
 
@@ -335,9 +396,13 @@ def test_tracker_changes_nothing_in_the_run(tiny_command: list[str], tmp_path: P
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["objective=jsd", "objective.divergence_options.jsd_beta=2"], r"objective\.divergence_options: jsd refuses it .*jsd_beta: got 2"),
-        (["objective=jsd", "objective.divergence_options.jsd_beta=hello"], r"objective\.divergence_options: jsd refuses it"),
-        (["objective.terms.skew_reverse_kl.options.skew=1"], r"objective\.terms\.skew_reverse_kl\.options: .*skew: got 1"),
+        (["objective=jsd", "objective.divergence_options.jsd_beta=2"], r"objective\.divergence_options\.jsd_beta: got 2, expected"),
+        (["objective=jsd", "objective.divergence_options.jsd_beta=hello"], r"objective\.divergence_options\.jsd_beta: got hello, expected"),
+        (
+            ["objective=ranking_hinge", "objective.divergence_options.top_k=2.5"],
+            r"divergence_options\.top_k: got 2\.5, expected a whole number",
+        ),
+        (["objective.terms.skew_reverse_kl.options.skew=1"], r"objective\.terms\.skew_reverse_kl\.options\.skew: got 1"),
         (["objective.divergence=torch.nn.functional.mse_loss"], r"objective\.divergence: .*mse_loss"),
         (["objective.divergence=user_functions.parameter_sum"], r"objective\.divergence: .*parameter_sum refuses it"),
     ],

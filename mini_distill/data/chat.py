@@ -107,18 +107,21 @@ class ChatRenderer:
         Raises:
             RowError: there are none.
         """
-        return _messages(row, self.config.messages_column or "")
+        return conversation(row, self.config.messages_column or "")
+
+    def prompts(self, rows: list[Row]) -> list[np.ndarray | RowError]:
+        """The tokens `(tokens,)` of each conversation up to its last answer and with what begins that, or what is wrong with the row."""
+        written = [self._write_prompt(row) for row in rows]
+        encoded = iter(self._encode([item.text for item in written if isinstance(item, _Written)]))
+        return [
+            self._prompt(row, item, next(encoded)) if isinstance(item, _Written) else item for row, item in zip(rows, written, strict=True)
+        ]
 
     # ------------------------------------------------------------------------------------------------- where the assistant speaks
 
     def _write(self, row: Row) -> _Written | RowError:
         try:
-            messages = _messages(row, self.config.messages_column or "")
-            tools = _tools(row, self.config.tools_column)
-            if tools and "tools" not in self.template:
-                remedy = f"Give another {self.where}.chat_template, such as chatml or llama3."
-                raise RowError(row.origin, "has tools, and the chat template has no place for them", remedy, "template")
-            messages, tools = self._hide(messages), self._hide(tools)
+            messages, tools = self._conversation(row)
             if GENERATION.search(self.template):
                 return self._render(row, messages, tools, return_assistant_tokens_mask=True)
             return self._by_prefixes(row, messages, tools)
@@ -126,6 +129,23 @@ class ChatRenderer:
             return error
         except RecursionError:
             return RowError(row.origin, "is nested too deeply", MEND, "wrong type")
+
+    def _write_prompt(self, row: Row) -> _Written | RowError:
+        try:
+            messages, tools = self._conversation(row)
+            return self._render(row, to_answer(row, messages), tools, " without its last answer", add_generation_prompt=True)
+        except RowError as error:
+            return error
+        except RecursionError:
+            return RowError(row.origin, "is nested too deeply", MEND, "wrong type")
+
+    def _conversation(self, row: Row) -> tuple[list[dict[str, Any]], Any]:
+        """Messages and tools, with the special tokens inside their texts hidden. Raises RowError."""
+        messages, tools = conversation(row, self.config.messages_column or ""), _tools(row, self.config.tools_column)
+        if tools and "tools" not in self.template:
+            remedy = f"Give another {self.where}.chat_template, such as chatml or llama3."
+            raise RowError(row.origin, "has tools, and the chat template has no place for them", remedy, "template")
+        return self._hide(messages), self._hide(tools)
 
     def _by_prefixes(self, row: Row, messages: list[dict[str, Any]], tools: Any) -> _Written:
         """For a template without marks: where each turn of the assistant begins and ends in the whole."""
@@ -195,14 +215,28 @@ class ChatRenderer:
         """The encoded text with what is supervised in it."""
         ids, offsets = encoded.ids, encoded.offsets
         is_control = self.text.is_control[ids]
-        if any(written.text[begin] == OPEN for begin in offsets[is_control, 0]):  # a vocabulary that knows no other spelling
-            return RowError(row.origin, "holds a special token, which this tokenizer cannot write as text", MEND, "special token")
+        if self._holds_special_token(written, encoded):
+            return _special_token(row)
         supervised = _touched(offsets, written)
         if not any(written.text[begin:end].strip() for begin, end in offsets[supervised & ~is_control]):
             what = "no turn in which the assistant says something, so nothing to learn from"
             return RowError(row.origin, what, MEND, "nothing supervised")
         supervised = supervised | self._ends_turn(ids, supervised, is_control)
         return self._with_ends(Rendered(ids, supervised, np.where(is_control, 0, encoded.num_bytes)))
+
+    def _prompt(self, row: Row, written: _Written, encoded: _Encoded) -> np.ndarray | RowError:
+        if self._holds_special_token(written, encoded):
+            return _special_token(row)
+        ids, bos = encoded.ids, self.tokenizer.bos_token_id
+        has_bos = ids[:1].tolist() == [bos]
+        if self.config.add_bos is True and not has_bos:
+            return np.concatenate([[bos], ids])
+        return ids[1:] if self.config.add_bos is False and has_bos else ids
+
+    def _holds_special_token(self, written: _Written, encoded: _Encoded) -> bool:
+        """Whether a hidden one came out as itself: a vocabulary that knows no other spelling."""
+        is_control = self.text.is_control[encoded.ids]
+        return any(written.text[begin] == OPEN for begin in encoded.offsets[is_control, 0])
 
     def _ends_turn(self, ids: np.ndarray, supervised: np.ndarray, is_control: np.ndarray) -> np.ndarray:
         """`(tokens,)` bool: the special token right behind a turn, when the turn does not hold its end itself."""
@@ -285,8 +319,12 @@ def _template_file(name: str, where: str) -> str:
 # ------------------------------------------------------------------------------------------------------------------ conversation
 
 
-def _messages(row: Row, column: str) -> list[dict[str, Any]]:
-    """The conversation with `role` and `content`, from that form, from ShareGPT's, or from JSON text of either."""
+def conversation(row: Row, column: str) -> list[dict[str, Any]]:
+    """The messages with `role` and `content`, from that form, from ShareGPT's, or from JSON text of either.
+
+    Raises:
+        RowError: the column holds something else.
+    """
     value = _value(row, column)
     if isinstance(value, list) and not value:
         raise RowError(row.origin, f"column '{column}' is empty", reason="empty")
@@ -294,6 +332,24 @@ def _messages(row: Row, column: str) -> list[dict[str, Any]]:
         found = "null" if value is None else type(value).__name__
         raise RowError(row.origin, f"column '{column}' holds {found}, expected a list of messages", MEND, "wrong type")
     return [_message(row, f"message {number} of '{column}'", message) for number, message in enumerate(value, start=1)]
+
+
+def to_answer(row: Row, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages without the assistant's last words, if they end with those.
+
+    Raises:
+        RowError: nobody has said anything then.
+    """
+    asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    if not asked or asked[-1]["role"] not in ("user", "tool"):
+        raise RowError(
+            row.origin, "has nothing that could be answered", "Expected a message of the user before the last answer.", "no prompt"
+        )
+    return asked
+
+
+def _special_token(row: Row) -> RowError:
+    return RowError(row.origin, "holds a special token, which this tokenizer cannot write as text", MEND, "special token")
 
 
 def _message(row: Row, name: str, message: Any) -> dict[str, Any]:

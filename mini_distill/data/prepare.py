@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..config import DataConfig
 from ..contract import mixture_parts
 from ..errors import DataError
-from ..onlooker import is_watched
-from ..storage import atomic_folder, remove_stale_temporaries, storage_errors, user_cache, verify_folder
+from ..imported_code import code_fingerprint
+from ..onlooker import bar
+from ..storage import atomic_folder, open_regular, remove_stale_temporaries, storage_errors, user_cache, verify_folder
 from .held_out import HELD_OUT, OVERLAP, TRAIN, SidedRow, split_rows
 from .mixing import Mixture
 from .order import Stream
@@ -32,7 +33,8 @@ from .sequences import Sequences
 from .sources import Source, open_source
 from .token_rows import TokenRows, TokenRowsWriter
 
-FORMAT = 2  # of the prepared folder
+FORMAT = 2  # of the rendering: what rows become
+LAYOUT = "tokens with checksums"  # of the prepared folder: where what they became is found
 ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 256, 2**22
 SIDES = (TRAIN, HELD_OUT)
 HARMLESS = ("empty", "other encoding")
@@ -161,12 +163,13 @@ class _Job:
             "max_rows": self.config.max_rows,
             "on_bad_row": self.config.on_bad_row,
         }
-        return {**self.sources, **own}
+        code = {"code": code_fingerprint(self.config.source)} if "." in self.config.source else {}  # a class of the user's
+        return {**self.sources, **own, **code}
 
     @property
     def folder(self) -> Path:
         # A copy of the same files elsewhere is the same data, but its rows have other origins.
-        return cache_folder(self.config) / _digest([self.parts, self.config.path, self.config.eval_path])[:32]
+        return cache_folder(self.config) / _digest([self.parts, self.config.path, self.config.eval_path, LAYOUT])[:32]
 
 
 def _open(
@@ -203,7 +206,7 @@ def _alone_with(folder: Path) -> Iterator[None]:
     file = folder.parent / "locks" / folder.name
     with storage_errors(file, "lock the tokenised data"):
         file.parent.mkdir(parents=True, exist_ok=True)
-        opened = open(file, "ab")  # noqa: SIM115
+        opened = os.fdopen(open_regular(file, os.O_WRONLY | os.O_CREAT), "wb")
     with opened:
         with suppress(OSError):
             fcntl.flock(opened, fcntl.LOCK_EX)  # the kernel opens it again however this process ends
@@ -248,8 +251,8 @@ def _rows(job: _Job, show_progress: bool) -> Iterator[SidedRow]:
     """
     tools, has_tools = job.config.tools_column, False
     rows = split_rows(job.config, job.source, job.held_out, job.where)
-    total = getattr(job.source, "total", None)
-    for side, row in tqdm(rows, desc="tokenising", unit=" rows", total=total, disable=not (show_progress and is_watched())):
+    total = min((count for count in (getattr(job.source, "total", None), job.config.max_rows) if count is not None), default=None)
+    for side, row in bar(rows, desc="tokenising", unit=" rows", total=total, show=show_progress):
         has_tools = has_tools or (isinstance(row, Row) and tools in row.columns)
         yield side, row
     if tools and not has_tools:

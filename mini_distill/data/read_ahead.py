@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ..errors import DistributedError
+from ..errors import DataError, DistributedError, Problem
 from .batch import Batch
 from .order import Stream
 
@@ -30,6 +30,7 @@ def read_ahead(sequences: Stream, indices: Iterator[list[int]], num_workers: int
 
     Raises:
         DistributedError: a worker died, hangs or raised; names the documents that it was reading.
+        DataError: what a worker read is not what was written.
     """
     awaited: deque[list[int]] = deque()
     batches = _start(sequences, _noting(indices, awaited), num_workers)
@@ -79,9 +80,9 @@ def _as_it_is(sample: Any) -> Any:
 
 
 def _leave_signals_to_parent(_: int) -> None:
-    """Ctrl-C and a cluster's SIGTERM reach every process; the training process needs its workers to finish the step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Ctrl-C, a closed terminal and a cluster's SIGTERM reach every process; the training process needs its workers to finish the step."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _wait_for(batches: Any, sequences: Stream, awaited: deque[list[int]]) -> Batch:
@@ -97,6 +98,8 @@ def _wait_for(batches: Any, sequences: Stream, awaited: deque[list[int]]) -> Bat
             what = "hangs" if "timed out" in str(error) else "died"
             raise DistributedError("data.num_workers", f"a data worker {what} (reading {_named(sequences, awaited)})", REMEDY) from error
     if isinstance(arrays, _Failure):
+        if arrays.of_data:
+            raise DataError.from_problems(arrays.of_data)
         raise DistributedError("data.num_workers", f"a data worker failed (reading {_named(sequences, awaited)}: {arrays.what})", REMEDY)
     return Batch(*map(torch.from_numpy, arrays))
 
@@ -108,13 +111,19 @@ def _named(sequences: Stream, awaited: deque[list[int]]) -> str:
 
 @dataclass
 class _Failure:
-    """What a worker gives instead of a batch that it could not read: an exception would lose its type on the way."""
+    """What a worker gives instead of a batch that it could not read: an exception would lose its type on the way.
+
+    Attributes:
+        what: The exception.
+        of_data: Its problems, where it is the data that is at fault and not the worker.
+    """
 
     what: str
+    of_data: list[Problem]
 
 
 class _Batches(Dataset[Any]):
-    """What a worker does: slice the memory map.
+    """What a worker does: read the tokens of a batch, and check them.
 
     It sends arrays: torch would send its tensors through shared memory, of which containers have little, and which a batch
     needs a living worker to hand over.
@@ -128,4 +137,4 @@ class _Batches(Dataset[Any]):
             batch = self.sequences.batch(indices)
             return [getattr(batch, f.name).numpy() for f in fields(batch)]
         except Exception as error:
-            return _Failure(f"{type(error).__name__}: {error}")
+            return _Failure(f"{type(error).__name__}: {error}", error.problems if isinstance(error, DataError) else [])

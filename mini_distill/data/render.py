@@ -79,6 +79,33 @@ class Renderer:
         rendered = iter([self._join(row, parts) for row, *parts in zip(good, *texts, strict=True)])
         return [error if error is not None else next(rendered) for error in checked]
 
+    def prompts(self, rows: list[Row], num_tokens: int) -> list[np.ndarray | RowError]:
+        """What a model is to go on from, `(tokens,)`, or what is wrong with the row.
+
+        Of a text its first `num_tokens` tokens, of prompt and completion the prompt, of a conversation all up to its last answer; each
+        as it stands at the beginning of the rendered row.
+        """
+        if self.chat is not None:
+            return self.chat.prompts(rows)
+        checked = [check_text(row, self.columns[0]) for row in rows]
+        good = [row for row, error in zip(rows, checked, strict=True) if error is None]
+        texts = zip(good, self.text.encode([row.columns[self.columns[0]] for row in good]), strict=True)
+        prompts = iter([self._prompt(row, ids, num_tokens) for row, (ids, _) in texts])
+        return [error if error is not None else next(prompts) for error in checked]
+
+    def _prompt(self, row: Row, ids: np.ndarray, num_tokens: int) -> np.ndarray | RowError:
+        if self.text.is_control[ids].any():
+            return self._special_token(row, self.columns[0])
+        if not self.has_prompt:
+            ids = ids[:num_tokens]
+        if len(self.bos) + len(ids) == 0:
+            return RowError(row.origin, f"column '{self.columns[0]}' gives no token to begin with", reason="empty")
+        return np.concatenate([np.array(self.bos, dtype=np.int64), ids])
+
+    def _special_token(self, row: Row, column: str) -> RowError:
+        what = f"column '{column}' holds a special token, which this tokenizer cannot write as text"
+        return RowError(row.origin, what, MEND, "special token")
+
     def _check(self, row: Row) -> RowError | None:
         for name in self.columns:
             if (error := check_text(row, name)) is not None:
@@ -91,9 +118,7 @@ class Renderer:
         """Beginning, prompt if there is one, supervised text, end."""
         for name, (ids, _) in zip(self.columns, parts, strict=True):
             if self.text.is_control[ids].any():  # vocabularies of whole words or of the Unigram kind know no other spelling
-                return RowError(
-                    row.origin, f"column '{name}' holds a special token, which this tokenizer cannot write as text", MEND, "special token"
-                )
+                return self._special_token(row, name)
         *prompt, (ids, num_bytes) = parts
         if len(ids) == 0:
             return RowError(row.origin, f"column '{self.columns[-1]}' holds nothing that the tokenizer keeps", reason="empty")

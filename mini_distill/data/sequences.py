@@ -40,7 +40,11 @@ class Sequences:
         return self.batch([index]).row(0)
 
     def batch(self, indices: list[int]) -> Batch:
-        """The sequences with these numbers: a `Batch` of shape `(len(indices), seq_len)`."""
+        """The sequences with these numbers: a `Batch` of shape `(len(indices), seq_len)`.
+
+        Raises:
+            DataError: the file of the tokens was changed while it was in use.
+        """
         shape = (len(indices), self.seq_len)
         input_ids = np.full(shape, self.pad_id, dtype=np.int64)
         labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
@@ -48,13 +52,12 @@ class Sequences:
         for row, index in enumerate(indices):
             at = 0
             for document, start, length in self._pieces(index):
-                source = slice(self.rows.offset[document] + start, self.rows.offset[document] + start + length)
-                here = slice(at, at + length)
-                input_ids[row, here] = self.rows.input_ids[source]
-                np.copyto(labels[row, here], input_ids[row, here], where=self.rows.supervised[source])
+                tokens, here = self.rows.read(document, start, length), slice(at, at + length)
+                input_ids[row, here] = tokens["input_ids"]
+                np.copyto(labels[row, here], input_ids[row, here], where=tokens["supervised"])
                 labels[row, at] = IGNORE_INDEX
                 position_ids[row, here] = np.arange(length)
-                num_bytes[row, here] = self.rows.num_bytes[source]
+                num_bytes[row, here] = tokens["num_bytes"]
                 at += length
         arrays = (input_ids, labels, position_ids, np.asarray(indices, dtype=np.int64), num_bytes)
         return Batch(*(torch.from_numpy(array) for array in arrays))
@@ -68,7 +71,7 @@ class Sequences:
         documents = np.unique(self.plan.document)
         documents = documents[self.rows.lengths[documents] > length]
         chosen = documents[np.arange(min(count, len(documents))) * len(documents) // max(1, count)]
-        return [self.rows.input_ids[self.rows.offset[i] : self.rows.offset[i] + length].tolist() for i in chosen]
+        return [self.rows.read(i, 0, length)["input_ids"].tolist() for i in chosen.tolist()]
 
     def order(self, seed: int) -> ShuffledEpochs:
         """The k-th draw of training: epochs in shuffled order."""

@@ -68,13 +68,13 @@ def _supervised_share(train: Sequences) -> Finding:
 
 def _ends(config: Config, train: Sequences, tokenizer: PreTrainedTokenizerBase) -> Finding:
     """A student that never sees where a text ends never stops."""
-    rows = train.rows
+    rows, tokens = train.rows, train.rows.tokens
     last = rows.offset[1:][rows.lengths > 0] - 1
     ends = {tokenizer.eos_token_id} | set(_turn_ends(tokenizer))
-    learned = np.isin(rows.input_ids[last], [i for i in ends if i is not None]) & rows.supervised[last]
+    learned = np.isin(tokens["input_ids"][last], [i for i in ends if i is not None]) & tokens["supervised"][last]
     if config.data.messages_column:  # a blank or a line break may follow the mark
         before = np.maximum(last - 1, 0)
-        learned |= np.isin(rows.input_ids[before], [i for i in ends if i is not None]) & rows.supervised[before]
+        learned |= np.isin(tokens["input_ids"][before], [i for i in ends if i is not None]) & tokens["supervised"][before]
     share = float(learned.mean()) if len(learned) else 0.0
     advice = "The student will not learn to stop: check the tokenizer's eos_token and the chat template."
     return judged("ends of documents", share > 0.99, f"{share:.1%} end in a learned end-of-sequence token", advice)
@@ -88,7 +88,7 @@ def _turn_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _duplicates(train: Sequences) -> Finding:
     rows = train.rows
-    texts = Counter(rows.input_ids[rows.offset[i] : rows.offset[i + 1]].tobytes() for i in range(len(rows)))
+    texts = Counter(rows.tokens["input_ids"][rows.offset[i] : rows.offset[i + 1]].tobytes() for i in range(len(rows)))
     repeated = sum(count - 1 for count in texts.values())
     share = repeated / max(1, len(rows))
     return judged(

@@ -136,7 +136,7 @@ def _learned(row: Rendered, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The text of each stretch of tokens that are learned, without special tokens."""
     places = groupby(range(len(row.input_ids)), key=lambda i: bool(row.supervised[i]))
     stretches = [row.input_ids[list(stretch)].tolist() for learned, stretch in places if learned]
-    return [tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip() for ids in stretches]
+    return [str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip() for ids in stretches]
 
 
 def _other_template(

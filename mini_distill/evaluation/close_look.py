@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..data.batch import Batch
@@ -21,7 +20,7 @@ from ..data.order import Stream
 from ..errors import DataError
 from ..losses.reduction import loss_mask
 from ..models.head import LanguageModel
-from ..onlooker import is_watched
+from ..onlooker import bar
 from ..storage import atomic_write_text
 from .calibration import NUM_BINS, reliability_bins, reliability_sums
 from .differences import Differences
@@ -104,7 +103,7 @@ class CloseLook:
             DataError: nothing in them is supervised.
         """
         with without_side_effects(*self.models), autocast():
-            for batch in tqdm(batches, desc="looking closely", unit="batch", leave=False, disable=not (show_progress and is_watched())):
+            for batch in bar(batches, desc="looking closely", unit="batch", leave=False, show=show_progress):
                 self._add(batch.to(self.device))
         if self.sums is None:
             raise DataError("data", "no token of the held-out text is supervised", "Hold out more rows, or check their format.")

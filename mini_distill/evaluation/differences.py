@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import math
+import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +17,23 @@ from ..losses.reduction import loss_mask
 
 WINDOW = 64  # tokens of a text that is shown
 FEWEST = 8  # supervised tokens that a window needs for its mean to say something
+SHARED = 20  # letters and digits in a row: windows that share as many say much the same
 SHOWN = ("forward_kl", "student_nll", "teacher_nll")
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """A window that is among the worst so far: its mean forward KL, its runs of letters, and what `details.json` has of it."""
+
+    score: float
+    runs: frozenset[str]
+    entry: dict[str, Any]
+
+
 class Differences:
-    """Keeps the windows of text with the highest mean forward KL.
+    """Keeps the windows of text with the highest mean forward KL: the worst of each document before a second one of any.
+
+    Of windows that share their wording only the worst is kept: all stories that begin alike would be the same finding many times.
 
     Args:
         count: How many.
@@ -30,8 +42,7 @@ class Differences:
 
     def __init__(self, count: int, tokenizer: Any) -> None:
         self.count, self.tokenizer = count, tokenizer
-        self._kept: list[tuple[float, int, dict[str, Any]]] = []
-        self._number = itertools.count()
+        self._kept: list[_Kept] = []
 
     def add(self, batch: Batch, values: dict[str, Tensor], origins: list[list[str]]) -> None:
         """Look at a batch.
@@ -48,22 +59,36 @@ class Differences:
             about[name][masks] = values[name].double().cpu()
         for row, of_row in enumerate(origins):
             window = max(_windows(batch, row, masks[row], about["forward_kl"][row]), key=lambda found: found.score, default=None)
-            if window is not None and self._is_worse(window.score):
-                origin = of_row[window.document] if window.document < len(of_row) else ""
+            if window is None:
+                continue
+            origin = of_row[window.document] if window.document < len(of_row) else ""
+            if self._would_keep(window.score, origin):
                 text = self._spell(batch, row, window, masks[row], {name: value[row] for name, value in about.items()})
-                self._keep(window.score, {"row": origin, "forward_kl": window.score, "tokens": text})
+                place = {"row": origin, "sequence": int(batch.row_ids[row]), "token": window.begin}
+                self._keep(window.score, place | {"forward_kl": window.score, "tokens": text})
 
-    def _is_worse(self, score: float) -> bool:
-        return self.count > 0 and (len(self._kept) < self.count or score > self._kept[0][0])
+    def _would_keep(self, score: float, origin: str) -> bool:
+        new = _Kept(score, frozenset(), {"row": origin})
+        return new in self._worst([*self._kept, new])
 
     def _keep(self, score: float, entry: dict[str, Any]) -> None:
-        heapq.heappush(self._kept, (score, next(self._number), entry))
-        if len(self._kept) > self.count:
-            heapq.heappop(self._kept)
+        new = _Kept(score, runs_of_letters("".join(token["text"] for token in entry["tokens"])), entry)
+        alike = [kept for kept in self._kept if kept.runs & new.runs]
+        if all(kept.score < score for kept in alike):
+            self._kept = self._worst([*(kept for kept in self._kept if kept not in alike), new])
+
+    def _worst(self, windows: list[_Kept]) -> list[_Kept]:
+        """As many as are kept: by how many of the same document are worse, then by their score."""
+        of_document: Counter[str] = Counter()
+        ranked = []
+        for window in sorted(windows, key=lambda kept: -kept.score):
+            ranked.append((of_document[window.entry["row"]], window))
+            of_document[window.entry["row"]] += 1
+        return [window for _, window in sorted(ranked, key=lambda pair: pair[0])][: self.count]
 
     def worst_first(self) -> list[dict[str, Any]]:
         """As `details.json` has them."""
-        return [entry for _, _, entry in sorted(self._kept, key=lambda kept: (-kept[0], kept[1]))]
+        return [kept.entry for kept in sorted(self._kept, key=lambda kept: -kept.score)]
 
     def _spell(self, batch: Batch, row: int, window: Window, predicts: Tensor, about: dict[str, Tensor]) -> list[dict[str, Any]]:
         texts = token_texts(self.tokenizer, batch.input_ids[row, window.begin : window.end].tolist())
@@ -97,6 +122,12 @@ def _windows(batch: Batch, row: int, supervised: Tensor, kl: Tensor) -> Iterator
             counted = kl[predicts][supervised[predicts]]
             if len(counted) >= FEWEST:
                 yield Window(float(counted.mean()), first, last, document)
+
+
+def runs_of_letters(text: str) -> frozenset[str]:
+    """Every run of `SHARED` letters and digits, whatever stands between them; of a shorter text, all of it."""
+    letters = "".join(re.findall(r"\w", text.casefold()))
+    return frozenset(letters[i : i + SHARED] for i in range(max(1, len(letters) - SHARED + 1)))
 
 
 def token_texts(tokenizer: Any, ids: list[int]) -> list[str]:

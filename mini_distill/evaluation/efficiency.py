@@ -24,9 +24,9 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ..config import FullEvaluationConfig
 from ..errors import ConfigError
+from ..models.generation import generating_with
 from ..redaction import redact_text
 from .isolation import without_side_effects
-from .samples import generating_with
 
 ROUNDS = 5
 MILLION = 1e6

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from ..config import EvaluationConfig, FullEvaluationConfig
@@ -19,7 +18,7 @@ from ..data.batch import Batch
 from ..errors import DataError, NumericsError
 from ..losses.linear import TeacherRows
 from ..models.head import LanguageModel
-from ..onlooker import is_watched
+from ..onlooker import bar
 from ..out_of_memory import memory_errors
 from ..teachers.cached import CachedTeacher
 from ..teachers.server import ServerTeacher
@@ -28,6 +27,10 @@ from .isolation import without_side_effects
 from .language_model import Sums, add, measure, measure_cached, metrics, nothing, nothing_cached, over_all_processes
 from .logit_chunks import logit_chunks, real_vocabulary
 from .samples import Sample, side_by_side
+
+
+class _CutShort(Exception):
+    """The run was asked to stop."""
 
 
 class Evaluator:
@@ -46,6 +49,7 @@ class Evaluator:
         gather_sum: Sums a float64 tensor over all processes; the identity on one.
         show_progress: Whether to draw a progress bar.
         output_dir: The folder of the run, for hooks that write something.
+        stop: Whether this process was asked to stop; then an evaluation ends, on all processes, without a result.
 
     Raises:
         ConfigError: a hook cannot be imported.
@@ -66,11 +70,12 @@ class Evaluator:
         show_progress: bool,
         output_dir: Path | None = None,
         cached: CachedTeacher | ServerTeacher | None = None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self.config, self.held_out, self.batches = config, held_out, batches
         self.teacher, self.tokenizer, self.device = teacher, tokenizer, torch.device(device)
         self.autocast, self.gather_sum, self.show_progress, self.output_dir = autocast, gather_sum, show_progress, output_dir
-        self.cached = cached
+        self.cached, self.stop = cached, stop
         self.hooks = load_hooks(config.hooks)
 
     def __call__(self, student: PreTrainedModel, step: int) -> dict[str, float]:
@@ -79,7 +84,8 @@ class Evaluator:
         Returns:
             `eval/student_perplexity`, `eval/student_nll` (nats per token), `eval/student_bits_per_byte`, `eval/student_ece`,
             with a teacher the same of it, `eval/forward_kl`, `eval/reverse_kl` (nats per token, temperature 1) and
-            `eval/top1_agreement` (share of tokens); `eval/tokens`, the supervised tokens measured.
+            `eval/top1_agreement` (share of tokens); `eval/tokens`, the supervised tokens measured. Nothing where any process was
+            asked to stop on the way: the batch, or the hook, that is under way is the last.
 
         Raises:
             DataError: nothing in the held-out text is supervised.
@@ -90,14 +96,27 @@ class Evaluator:
         remedies = [smaller_batches(self.config), "set teacher.dtype=bfloat16"]
         size = f"with {self.config.batch_size} sequences"
         with without_side_effects(student, self.teacher), memory_errors("evaluation.batch_size", size, remedies):
-            sums = over_all_processes(self._sums(student), self.gather_sum)
-            if not sums["tokens"]:
-                raise DataError(
-                    "data.eval_path", "no token of the held-out text is supervised", "Hold out more rows, or check their format."
-                )
-            measured = {f"eval/{name}": value for name, value in metrics(sums).items()}
-            _check_finite(measured, step)
-            return measured | run_hooks(self.hooks, self._context(student, step), taken=measured)
+            try:
+                return self._measured(student, step)
+            except _CutShort:
+                return {}
+
+    def _measured(self, student: PreTrainedModel, step: int) -> dict[str, float]:
+        sums = self._sums(student)
+        sums["stop"] = torch.full_like(sums["tokens"], self.stop())  # on any process, told in the same exchange
+        sums = over_all_processes(sums, self.gather_sum)
+        if sums.pop("stop"):
+            raise _CutShort
+        if not sums["tokens"]:
+            raise DataError("data.eval_path", "no token of the held-out text is supervised", "Hold out more rows, or check their format.")
+        measured = {f"eval/{name}": value for name, value in metrics(sums).items()}
+        _check_finite(measured, step)
+        return measured | run_hooks(self.hooks, self._context(student, step), taken=measured, before_each=self._check_stop)
+
+    def _check_stop(self) -> None:
+        """All processes go on, or none does: a hook may exchange with the others."""
+        if self.gather_sum(torch.tensor(float(self.stop()), device=self.device)):
+            raise _CutShort
 
     def samples(self, models: Mapping[str, PreTrainedModel | None], seed: int) -> list[Sample]:
         """What each model writes after the same prompts; `models` by the name to print."""
@@ -110,6 +129,8 @@ class Evaluator:
         total = self._nothing()
         with self.autocast():
             for batch in self._progress(islice(self.batches(), self.config.max_batches)):
+                if self.stop():
+                    break
                 for sums in self._measure(student_lm, teacher_lm, batch.to(self.device)):
                     total = add(total, sums)
         return total
@@ -135,14 +156,7 @@ class Evaluator:
         return nothing(self.teacher is not None or self.cached is not None, self.device)
 
     def _progress(self, batches: Iterable[Batch]) -> Iterable[Batch]:
-        return tqdm(
-            batches,
-            desc="evaluating",
-            unit="batch",
-            total=self.config.max_batches,
-            leave=False,
-            disable=not (self.show_progress and is_watched()),
-        )
+        return bar(batches, desc="evaluating", unit="batch", total=self.config.max_batches, leave=False, show=self.show_progress)
 
     def _context(self, student: PreTrainedModel, step: int) -> EvaluationContext:
         return EvaluationContext(student, self.teacher, self.tokenizer, step, self.batches, self.device, self.output_dir, self.gather_sum)

@@ -77,13 +77,16 @@ def _load_hook(where: str, path: str) -> Hook:
     return hook
 
 
-def run_hooks(hooks: list[Hook], context: EvaluationContext, taken: Collection[str] = ()) -> dict[str, float]:
+def run_hooks(
+    hooks: list[Hook], context: EvaluationContext, taken: Collection[str] = (), before_each: Callable[[], None] = lambda: None
+) -> dict[str, float]:
     """Every hook's metrics, as floats; names without a `/` get the prefix `eval/`.
 
     Args:
         hooks: Called in this order.
         context: What they look at.
         taken: Names that are no longer free.
+        before_each: May raise, so that no further hook is called.
 
     Raises:
         ConfigError: a hook raises, returns something other than `{name: number}`, or uses a name that another one has used.
@@ -91,6 +94,7 @@ def run_hooks(hooks: list[Hook], context: EvaluationContext, taken: Collection[s
     found: dict[str, float] = {}
     for i, hook in enumerate(hooks):
         where = f"evaluation.hooks[{i}]"
+        before_each()
         for name, value in _call(where, hook, context).items():
             key = name if "/" in name else f"eval/{name}"
             if key in found or key in taken:

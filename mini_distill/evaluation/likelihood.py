@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..data.batch import Batch
 from ..data.tokenizers import vocabulary_size
 from ..errors import DataError
 from ..losses.reduction import IGNORE_INDEX, loss_mask
 from ..models.head import LanguageModel
-from ..onlooker import is_watched
+from ..onlooker import bar
 from .isolation import without_side_effects
 from .logit_chunks import logit_chunks, real_vocabulary
 
@@ -93,7 +92,7 @@ def log_likelihoods(
     found: dict[Continuation, float] = {}
     starts = range(0, len(different), batch_size)
     with without_side_effects(model.model), autocast():
-        for start in tqdm(starts, desc=name, unit="batch", leave=False, disable=not (show_progress and is_watched())):
+        for start in bar(starts, desc=name, unit="batch", leave=False, show=show_progress):
             some = different[start : start + batch_size]
             found |= zip(some, _score(model, _batch(some).to(device), vocab_size), strict=True)
     return [found[text] for text in texts]

@@ -99,8 +99,9 @@ def with_evaluation(card: str, data: DataConfig, teacher_kind: str, summary: Map
     if not begin or not end:
         return None
     found.text = before + _measured(data, teacher_kind, summary, held_out_sequences, evaluated=True) + after
-    found.data.eval_results = list(_eval_results(data, summary))
-    found.data.model_name = found.data.model_name or "student"
+    metadata: Any = found.data  # its attributes are what the card's header has
+    metadata.eval_results = list(_eval_results(data, summary))
+    metadata.model_name = metadata.model_name or "student"
     return str(found)
 
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from ..config import EvaluationConfig, FullEvaluationConfig
 from ..data.tokenizers import vocabulary_size
+from ..models.generation import OnlyRealTokens, end_ids, generating_with
 from .isolation import without_side_effects
 from .printable import printable
 
@@ -82,41 +81,12 @@ def _continue(model: Any, tokenizer: Any, prompt_ids: list[int], config: Setting
     return after[len(before) :] if after.startswith(before) else _decode(tokenizer, written[len(prompt_ids) :])
 
 
-class OnlyRealTokens(LogitsProcessor):
-    """Forbids the columns that only pad the embedding: no tokenizer can spell them."""
-
-    def __init__(self, num_tokens: int) -> None:
-        self.num_tokens = num_tokens
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """`(batch, vocab)` -> the same, -inf beyond the real tokens."""
-        return scores.index_fill(-1, torch.arange(self.num_tokens, scores.shape[-1], device=scores.device), -torch.inf)
-
-
 def _generation_config(model: PreTrainedModel, tokenizer: Any, config: Settings, max_new_tokens: int) -> GenerationConfig:
     sampling: dict[str, Any] = {"do_sample": False}
     if config.sampling_temperature > 0:
         sampling = {"do_sample": True, "temperature": config.sampling_temperature, "top_k": 0, "top_p": 1.0}
-    ends = _end_ids(model, tokenizer)
+    ends = end_ids(model, tokenizer)
     return GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0, **sampling)
-
-
-@contextmanager
-def generating_with(model: Any, settings: GenerationConfig) -> Iterator[None]:
-    """These settings alone: generate() would fill the gaps of an argument with the penalties and filters that a checkpoint
-    brings along, and the samples could not be compared."""
-    own, model.generation_config = model.generation_config, settings
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
-def _end_ids(model: PreTrainedModel, tokenizer: Any) -> list[int]:
-    """Chat models end a turn with other tokens than a document (Llama 3): all of them count."""
-    own = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ids = own if isinstance(own, list) else [own]
-    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
 
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:

@@ -8,18 +8,20 @@ an entropy). Gradients flow into the student alone. A token that is impossible f
     p  teacher's distribution, softmax(teacher_logits / T)        q  student's, softmax(student_logits / T)
 
 To add one: write the function here and a YAML in configs/objective/. Its keyword arguments after `temperature` become
-`objective.divergence_options`.
+`objective.divergence_options`. One of single tokens says so with `looks_at`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax, softmax, softplus
 
+from .catalogue import looks_at
 from .reduction import at_least_float32
 
 LOWEST = -1e30
@@ -38,7 +40,11 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
 
     Returns:
         `(…)` float32, nats per token.
+
+    Raises:
+        ValueError, TypeError: the two are not tensors of one shape.
     """
+    _check_logits(student_logits, teacher_logits)
     student, teacher = at_least_float32(student_logits), at_least_float32(teacher_logits.detach())
     return _ForwardKL.apply(_softened(student, temperature), _softened(teacher, temperature))
 
@@ -50,7 +56,7 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
     and units as in `forward_kl`.
     """
     log_q, log_p = _log_probabilities(student_logits, teacher_logits, temperature)
-    return _kl(log_q, log_p)
+    return _at_least_zero(_kl(log_q, log_p))
 
 
 def symmetric_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -59,7 +65,7 @@ def symmetric_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: fl
     Punishes missing and superfluous mass alike. Arguments, shapes and units as in `forward_kl`.
     """
     log_q, log_p = _log_probabilities(student_logits, teacher_logits, temperature)
-    return 0.5 * (_kl(log_p, log_q) + _kl(log_q, log_p))
+    return _at_least_zero(0.5 * (_kl(log_p, log_q) + _kl(log_q, log_p)))
 
 
 def jsd(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, *, jsd_beta: float = 0.5) -> Tensor:
@@ -81,14 +87,14 @@ def jsd(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0
     Raises:
         ValueError: `jsd_beta` is not in [0, 1].
     """
-    _check("jsd_beta", jsd_beta, 0 <= jsd_beta <= 1, "a number from 0 to 1")
+    _check("jsd_beta", jsd_beta, lambda beta: 0 <= beta <= 1, "a number from 0 to 1")
     log_q, log_p = _log_probabilities(student_logits, teacher_logits, temperature)
     if jsd_beta == 0:
-        return _kl(log_p, log_q)
+        return _at_least_zero(_kl(log_p, log_q))
     if jsd_beta == 1:
-        return _kl(log_q, log_p)
+        return _at_least_zero(_kl(log_q, log_p))
     log_m = _log_mixture(log_p, log_q, jsd_beta)
-    return jsd_beta * _kl(log_p, log_m) + (1 - jsd_beta) * _kl(log_q, log_m)
+    return _at_least_zero(jsd_beta * _kl(log_p, log_m) + (1 - jsd_beta) * _kl(log_q, log_m))
 
 
 def skew_forward_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, *, skew: float = 0.1) -> Tensor:
@@ -108,9 +114,9 @@ def skew_forward_kl(student_logits: Tensor, teacher_logits: Tensor, temperature:
     Raises:
         ValueError: `skew` is not in [0, 1).
     """
-    _check("skew", skew, 0 <= skew < 1, "a number of at least 0 and below 1")
+    _check("skew", skew, lambda share: 0 <= share < 1, "a number of at least 0 and below 1")
     log_q, log_p = _log_probabilities(student_logits, teacher_logits, temperature)
-    return _kl(log_p, log_q if skew == 0 else _log_mixture(log_p, log_q, skew))
+    return _at_least_zero(_kl(log_p, log_q if skew == 0 else _log_mixture(log_p, log_q, skew)))
 
 
 def skew_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, *, skew: float = 0.1) -> Tensor:
@@ -119,9 +125,9 @@ def skew_reverse_kl(student_logits: Tensor, teacher_logits: Tensor, temperature:
     DistiLLM (Ko et al. 2024, arXiv 2402.03898, section 3.1). `skew` is the share of the student in the mixture, in [0, 1); 0 is
     `reverse_kl`. Other arguments, shapes, units and errors as in `skew_forward_kl`.
     """
-    _check("skew", skew, 0 <= skew < 1, "a number of at least 0 and below 1")
+    _check("skew", skew, lambda share: 0 <= share < 1, "a number of at least 0 and below 1")
     log_q, log_p = _log_probabilities(student_logits, teacher_logits, temperature)
-    return _kl(log_q, log_p if skew == 0 else _log_mixture(log_q, log_p, skew))
+    return _at_least_zero(_kl(log_q, log_p if skew == 0 else _log_mixture(log_q, log_p, skew)))
 
 
 def adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, *, head_mass: float = 0.5) -> Tensor:
@@ -145,7 +151,7 @@ def adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: flo
     Raises:
         ValueError: `head_mass` is not in (0, 1).
     """
-    _check("head_mass", head_mass, 0 < head_mass < 1, "a number between 0 and 1")
+    _check("head_mass", head_mass, lambda mass: 0 < mass < 1, "a number between 0 and 1")
     log_q, log_p = _log_probabilities(student_logits, teacher_logits, temperature)
     p, q = log_p.exp(), log_q.detach().exp()
     ordered, places = p.sort(dim=-1, descending=True)
@@ -155,7 +161,7 @@ def adaptive_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: flo
     tail = gaps.sum(dim=-1) - head
     total = head + tail
     weight = torch.where(total > 0, head / total.clamp(min=torch.finfo(total.dtype).tiny), 0.5)
-    return weight * _kl(log_p, log_q) + (1 - weight) * _kl(log_q, log_p)
+    return _at_least_zero(weight * _kl(log_p, log_q) + (1 - weight) * _kl(log_q, log_p))
 
 
 def total_variation(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -189,19 +195,20 @@ def alpha_beta(
     Raises:
         ValueError: one is negative, or both are 0.
     """
-    _check("ab_beta", ab_beta, ab_beta >= 0, "a number of at least 0")
-    _check("ab_alpha", ab_alpha, ab_alpha >= 0 and ab_alpha + ab_beta > 0, "a number of at least 0, not 0 together with ab_beta")
+    _check("ab_beta", ab_beta, lambda beta: beta >= 0, "a number of at least 0")
+    _check("ab_alpha", ab_alpha, lambda alpha: alpha >= 0 and alpha + ab_beta > 0, "a number of at least 0, not 0 together with ab_beta")
     log_q, log_p = _log_probabilities(student_logits, teacher_logits, temperature)
     if ab_beta == 0:
-        return _generalised_kl(log_p, log_q, ab_alpha)
+        return _at_least_zero(_generalised_kl(log_p, log_q, ab_alpha))
     if ab_alpha == 0:
-        return _generalised_kl(log_q, log_p, ab_beta)
+        return _at_least_zero(_generalised_kl(log_q, log_p, ab_beta))
     both = ab_alpha + ab_beta
     cross = (ab_alpha * log_p + ab_beta * log_q).exp()
     own = ab_alpha / both * (both * log_p).exp() + ab_beta / both * (both * log_q).exp()
-    return ((own - cross) / (ab_alpha * ab_beta)).sum(dim=-1)
+    return _at_least_zero(((own - cross) / (ab_alpha * ab_beta)).sum(dim=-1))
 
 
+@looks_at("likeliest")
 def ranking_hinge(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, *, top_k: int = 16, margin: float = 1.0
 ) -> Tensor:
@@ -222,14 +229,15 @@ def ranking_hinge(
         `(…)` float32.
 
     Raises:
-        ValueError: `top_k` is below 2, or `margin` not above 0.
+        ValueError: `top_k` is no whole number of at least 2, or `margin` not above 0.
     """
-    _check("margin", margin, margin > 0, "a number above 0")
+    _check("margin", margin, lambda distance: distance > 0, "a number above 0")
     student, teacher = _top_pairs(student_logits, teacher_logits, temperature, top_k)
     too_close = (teacher.clamp(max=margin) - student).clamp(min=0)
     return torch.where(teacher > 0, too_close, 0.0).mean(dim=-1)  # a tie has no order to keep
 
 
+@looks_at("likeliest")
 def ranking_logistic(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, *, top_k: int = 16) -> Tensor:
     """Mean over pairs of the teacher's `top_k` tokens of KL(Bernoulli σ(tᵢ − tⱼ) ‖ Bernoulli σ(sᵢ − sⱼ)).
 
@@ -240,9 +248,10 @@ def ranking_logistic(student_logits: Tensor, teacher_logits: Tensor, temperature
     odds = torch.sigmoid(teacher)
     cross = odds * softplus(-student) + (1 - odds) * softplus(student)
     entropy = odds * softplus(-teacher) + (1 - odds) * softplus(teacher)
-    return (cross - entropy).mean(dim=-1)
+    return _at_least_zero((cross - entropy).mean(dim=-1))
 
 
+@looks_at("likeliest")
 def teacher_argmax_ce(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
     """−log q[argmax p]: the teacher's first choice as a hard label, at the token level (Kim & Rush 2016, arXiv 1606.07947).
 
@@ -252,6 +261,7 @@ def teacher_argmax_ce(student_logits: Tensor, teacher_logits: Tensor, temperatur
     return -log_q.gather(-1, log_p.argmax(dim=-1, keepdim=True)).squeeze(-1)
 
 
+@looks_at("any")
 def teacher_sample_ce(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0, *, num_samples: int = 1) -> Tensor:
     """Mean of −log q[x] over draws x ~ p: the teacher's samples as hard labels, at the token level (Kim & Rush 2016).
 
@@ -268,9 +278,9 @@ def teacher_sample_ce(student_logits: Tensor, teacher_logits: Tensor, temperatur
         `(…)` float32, nats per token.
 
     Raises:
-        ValueError: `num_samples` is below 1.
+        ValueError: `num_samples` is no whole number of at least 1.
     """
-    _check("num_samples", num_samples, num_samples >= 1, "at least 1")
+    _check("num_samples", num_samples, lambda count: isinstance(count, int) and count >= 1, "a whole number of at least 1")
     log_q, log_p = _log_probabilities(student_logits, teacher_logits, temperature)
     flat = log_p.exp().flatten(0, -2)
     drawn = torch.multinomial(flat, num_samples, replacement=True) if len(flat) else flat.new_zeros(0, num_samples, dtype=torch.int64)
@@ -282,6 +292,7 @@ def teacher_sample_ce(student_logits: Tensor, teacher_logits: Tensor, temperatur
 
 def _log_probabilities(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """(log q, log p) in float32, the teacher's cut off from the graph; finite, so that 0 · log 0 is 0 and has a gradient of 0."""
+    _check_logits(student_logits, teacher_logits)
     log_q = log_softmax(_softened(at_least_float32(student_logits), temperature), dim=-1)
     log_p = log_softmax(_softened(at_least_float32(teacher_logits.detach()), temperature), dim=-1)
     return log_q.clamp(min=LOWEST), log_p.clamp_(min=LOWEST)
@@ -309,8 +320,15 @@ class _ForwardKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        if torch.is_grad_enabled():  # with create_graph=True
+            raise RuntimeError("the gradient of forward_kl is in closed form, without a graph: there is no second derivative")
         (difference,) = ctx.saved_tensors
         return difference * gradient.unsqueeze(-1), None
+
+
+def _at_least_zero(value: Tensor) -> Tensor:
+    """What rounding alone made negative, as 0; the gradient stays, which a clamp would cut off."""
+    return value + (value.detach().clamp(min=0.0) - value.detach())
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -331,7 +349,7 @@ def _generalised_kl(log_a: Tensor, log_b: Tensor, power: float) -> Tensor:
 
 def _top_pairs(student_logits: Tensor, teacher_logits: Tensor, temperature: float, top_k: int) -> tuple[Tensor, Tensor]:
     """sᵢ − sⱼ and tᵢ − tⱼ ≥ 0 for all pairs i < j of the teacher's top tokens, `(…, pairs)`."""
-    _check("top_k", top_k, top_k >= 2, "at least 2")
+    _check("top_k", top_k, lambda k: isinstance(k, int) and k >= 2, "a whole number of at least 2")
     log_q, log_p = _log_probabilities(student_logits, teacher_logits, temperature)
     top, ids = log_p.topk(min(top_k, log_p.shape[-1]), dim=-1)
     own = log_q.gather(-1, ids)
@@ -339,6 +357,16 @@ def _top_pairs(student_logits: Tensor, teacher_logits: Tensor, temperature: floa
     return own[..., i] - own[..., j], top[..., i] - top[..., j]
 
 
-def _check(option: str, value: float, good: bool, expected: str) -> None:
-    if not good:
+def _check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
+    for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+        if not isinstance(logits, Tensor):
+            raise TypeError(f"{name}: got {type(logits).__name__}, expected a tensor of shape (…, vocab)")
+    if student_logits.shape != teacher_logits.shape:
+        student, teacher = list(student_logits.shape), list(teacher_logits.shape)
+        raise ValueError(f"student_logits {student} and teacher_logits {teacher}: expected one shape (…, vocab), over the same tokens")
+
+
+def _check(option: str, value: float, good: Callable[[float], bool], expected: str) -> None:
+    """An option comes from a configuration, and may be of any type."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not good(value):
         raise ValueError(f"{option}: got {value}, expected {expected}")

@@ -9,6 +9,7 @@ alone knows their number over all micro-batches and processes.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from .linear import Head, TeacherRows, linear_terms
 from .reduction import at_least_float32
 from .schedule import Schedule, multiplier
 from .sparse import SampledRows, SparseRows, TopKRows
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ class DivergenceTerm:
         temperature: Softens both distributions.
         options: Further arguments of the divergence.
         scale_by_temperature_squared: Multiply by T². The gradient of a divergence at temperature T shrinks as 1/T², so this
-            keeps its size, and with it the meaning of the weights (Hinton et al. 2015, section 2.1).
+            keeps its size, and with it the meaning of the weights (Hinton et al. 2015, section 2.1); those of which this does not
+            hold are in `catalogue.FALL_AS_ONE_OVER_T`.
     """
 
     name: str
@@ -107,7 +111,7 @@ class Objective:
         schedules: Term name -> factor on its weight over the optimizer steps.
         memory_mib: Budget for the logits of a chunk, see `linear_terms`.
         compile: Compile the terms with torch.compile: one kernel instead of a dozen passes over a chunk's logits. Those against
-            sparse rows, whose number of entries differs from chunk to chunk, stay as they are.
+            sparse rows, whose number of entries differs from chunk to chunk, stay as they are; so do all where the compiler fails.
     """
 
     def __init__(
@@ -134,7 +138,7 @@ class Objective:
         self.ce_weight, self.vocab_size, self.memory_mib = ce_weight, vocab_size, memory_mib
         self.schedules, self.step = schedules or {}, 1
         self.matching: InnerMatching | None = None  # once the models are there
-        self._dense_sums: Callable[..., Tensor] = torch.compile(self._term_sums, dynamic=True) if compile else self._term_sums
+        self._dense_sums: Callable[..., Tensor] = _compiled(self._term_sums) if compile else self._term_sums
 
     @property
     def needs_teacher(self) -> bool:
@@ -241,3 +245,21 @@ class Objective:
         parts += [f"{weight:g} · {name}" for name, weight in matched.items()]
         scheduled = [" (on a schedule)" if name in self.schedules else "" for name in [*self.names, *matched]]
         return " + ".join(part + mark for part, mark in zip(parts, scheduled, strict=True))
+
+
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`function`, compiled at its first call; on a machine that cannot (no C compiler), as it is, with a line that says so."""
+    fast = torch.compile(function, dynamic=True)
+
+    def call(*arguments: Any) -> Tensor:
+        nonlocal fast
+        try:
+            return fast(*arguments)
+        except Exception as error:  # a compiler's many; the function's own it raises again
+            value = function(*arguments)
+            why = " ".join(str(error).partition("\n\n")[0].split())  # advice on how to report a bug follows
+            logger.warning("objective.compile: the loss cannot be compiled here, and runs as it is (%s)", why)
+            fast = function
+            return value
+
+    return call

@@ -98,18 +98,21 @@ class TopKRows:
     def compare(self, name: str, divergence: Divergence, student_log_probs: Tensor, options: Mapping[str, Any]) -> Tensor:
         """Any divergence between the student and what is listed, `(n,)`.
 
-        With one bucket it is the divergence of two distributions over k + 1 outcomes, which is never more than the full one.
+        With one bucket it is the divergence of two distributions over k + 1 outcomes; a KL is then never more than the full one.
+        One that looks at the likeliest tokens alone finds them listed: the tail is nothing that it could take for one.
         """
         log_p, rest = self.log_probs.to(student_log_probs), student_log_probs.shape[-1] - self.ids.shape[-1]
         log_tail = self.tail.to(student_log_probs).clamp(min=SMALLEST_TAIL).log()[:, None]
-        if self.spread:
+        of_likeliest = getattr(divergence, "looks_at", None) == "likeliest"
+        if self.spread and not of_likeliest:
             dense = (log_tail - math.log(max(1, rest))).expand_as(student_log_probs).scatter(-1, self.ids, log_p)
             return divergence(student_log_probs, dense, 1.0, **options)
         listed = student_log_probs.gather(-1, self.ids)
         if rest == 0:
             return divergence(listed, log_p, 1.0, **options)
         others = student_log_probs.scatter(-1, self.ids, -math.inf).logsumexp(-1, keepdim=True)
-        return divergence(torch.cat([listed, others], -1), torch.cat([log_p, log_tail], -1), 1.0, **options)
+        bucket = torch.full_like(log_tail, -math.inf) if of_likeliest else log_tail
+        return divergence(torch.cat([listed, others], -1), torch.cat([log_p, bucket], -1), 1.0, **options)
 
 
 SparseRows = SampledRows | TopKRows

@@ -3,12 +3,45 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..imported_code import module_fingerprint
 
 CHUNK = 2**22
 INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+NOT_COMPUTED_WITH = ("_name_or_path", "transformers_version", "architectures", "auto_map", "dtype", "torch_dtype")
+"""Settings of a model that say where it came from, or what its class and its weights say themselves."""
+
+
+def model_identity(model: PreTrainedModel) -> dict[str, Any]:
+    """`weights`, `dtype` and `config`, which together decide what the model computes; plain JSON values."""
+    return {
+        "weights": weights_fingerprint(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "config": architecture(model),
+    }
+
+
+def architecture(model: PreTrainedModel) -> dict[str, Any]:
+    """What the model computes with besides its weights: its class, and the settings of its config.json.
+
+    An epsilon, an activation or the base of the rotary positions changes every logit and no weight. Where the class comes from the
+    model's own repository (`trust_remote_code`), the source of its module counts too.
+    """
+    kind = type(model)
+    code = {"code": module_fingerprint(kind.__module__)} if kind.__module__.startswith("transformers_modules.") else {}
+    return {"class": kind.__name__, **code, **_computed_with(json.loads(model.config.to_json_string()))}
+
+
+def _computed_with(settings: Any) -> Any:
+    if not isinstance(settings, dict):
+        return settings
+    return {key: _computed_with(value) for key, value in settings.items() if key not in NOT_COMPUTED_WITH}
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from ..errors import ModelError
-from ..storage import MANIFEST, verify_folder
+from ..storage import MANIFEST, read_regular, verify_folder
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 OFFLINE = "Without network: download it where there is one (hf download), and give the folder as path."
@@ -237,7 +237,7 @@ def _check_config_file(folder: Path, where: str) -> None:
 
 def _read_object(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_regular(file).decode())
     except (ValueError, RecursionError) as error:
         raise ModelError(str(file), f"not valid JSON ({one_line(error)})", "Download it again.") from error
     except OSError as error:

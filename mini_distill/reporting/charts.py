@@ -16,19 +16,23 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from ..evaluation.printable import printable
+from ..evaluation.table import percent
 from .figures import signed_free
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.ticker import Formatter
 
-WIDTH, HEIGHT = 400.0, 250.0
+WIDTH, HEIGHT = 340.0, 226.0
 MOST_POINTS = 240
 MOST_LABELS = 8
 MOST_CATEGORIES = 20
-LETTER = 8.0  # width of one on an axis
+LETTER = 7.5  # width of one on an axis
 TILTED = 38.0  # more height for names that do not fit side by side
 LONGEST = 14
 SAME = 1e-12  # relative difference below which values have one place
+MOST_DIGITS = 12  # of a number on an axis
+LETTER_SHARE, LINE_SHARE = 0.035, 0.095  # of the axes' width and height, that a letter and a line of a label take
 COLOURS = ("soft", "rule", "card", "student", "teacher", "control", "other", *(f"run{i}" for i in range(8)))
 """Colours of the style sheet. matplotlib is given a number in their place: which colour it is, the reader's light or dark page decides."""
 
@@ -113,7 +117,7 @@ def draw(chart: Chart) -> Drawing:
     from matplotlib.style import context
 
     alt, names = printable(_in_words(chart)), [_short(name, LONGEST) for name in chart.categories]
-    tilted = (max(map(len, names), default=0) + 1) * LETTER * len(names) > WIDTH - 80
+    tilted = (max(map(len, names), default=0) + 1) * LETTER * len(names) > WIDTH - 70
     titles: list[str] = []
     with context(["default", _settings() | {"svg.hashsalt": alt}]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)  # the browser has it
@@ -124,6 +128,8 @@ def draw(chart: Chart) -> Drawing:
             axes.axhline(y, color=_colour(style), linestyle="--", gid=_noted(titles, f"{name}: {chart.y_text(y)}"))
         for series in reversed(chart.series):
             _draw_series(axes, chart, series, titles)
+        for text, point, colour in apart(_labels(axes, chart)):
+            _label(axes, text, point, colour)
         if chart.diagonal:
             axes.plot([0, 1], [0, 1], color=_colour("soft"), linestyle="--")
         file = io.StringIO()
@@ -157,12 +163,12 @@ def _settings() -> dict[str, Any]:
 
 
 def _set_axes(axes: Axes, chart: Chart, names: Sequence[str], tilted: bool) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
     points = [point for series in chart.series for point in series.points]
     axes.margins(0.04)
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: chart.y_text(y)))
+    axes.yaxis.set_major_formatter(_ticks(chart.y_text))
     if chart.square:
         axes.set(xlim=(0, 1), ylim=(0, 1))
     elif (limits := _around([*(y for _, y in points), *(y for _, y, _ in chart.levels)])) is not None:
@@ -186,7 +192,31 @@ def _set_axes(axes: Axes, chart: Chart, names: Sequence[str], tilted: bool) -> N
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         if not chart.square and (limits := _around([x for x, _ in points])) is not None:
             axes.set_xlim(limits)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: chart.x_text(x)))
+    axes.xaxis.set_major_formatter(_ticks(chart.x_text))
+
+
+def _ticks(text: Callable[[float], str]) -> Formatter:
+    """Numbers of an axis, written as its points are."""
+    from matplotlib.ticker import FuncFormatter
+
+    class Ticks(FuncFormatter):
+        def format_ticks(self, values: Sequence[float]) -> list[str]:
+            return tick_texts(list(values), text)
+
+    return Ticks(lambda value, _: text(value))
+
+
+def tick_texts(values: Sequence[float], text: Callable[[float], str]) -> list[str]:
+    """The numbers of an axis, all with the same decimals: a share with as few as say it exactly, others with as many as tell them apart."""
+    if text is percent:
+        digits = next((n for n in range(MOST_DIGITS) if all(abs(round(100 * v, n) - 100 * v) < 1e-9 for v in values)), MOST_DIGITS)
+        return [f"{round(100 * value, digits) + 0.0:.{digits}f} %" for value in values]
+    texts = [text(value) for value in values]
+    digits = 4
+    while len(set(texts)) < len(set(values)) and digits < MOST_DIGITS:
+        digits += 1
+        texts = [f"{value:,.{digits}g}" for value in values]
+    return texts
 
 
 def _around(values: Iterable[float]) -> tuple[float, float] | None:
@@ -211,15 +241,38 @@ def _draw_series(axes: Axes, chart: Chart, series: Series, titles: list[str]) ->
         where = chart.categories[int(x)] if chart.categories else f"{chart.x_label} {chart.x_text(x)}"
         title = series.titles[i] if series.titles else f"{series.name}, {where}: {chart.y_text(y)}"
         axes.plot(x, y, "o", color=colour, markersize=8, markeredgecolor=_colour("card"), clip_on=False, gid=_noted(titles, title))
-        if series.labels and series.labels[i]:
-            _label(axes, _short(series.labels[i], LONGEST), x, y, colour)
 
 
-def _label(axes: Axes, text: str, x: float, y: float, colour: str) -> None:
+Label = tuple[str, Point, str]
+"""A text, where its point is (from the lower left of the axes, 1: their other end), and its colour."""
+
+
+def _labels(axes: Axes, chart: Chart) -> list[Label]:
+    axes.get_xlim(), axes.get_ylim()  # matplotlib settles them when it is asked
+    place = axes.transData - axes.transAxes
+    return [
+        (_short(text, LONGEST), tuple(place.transform(point)), _colour(series.style))
+        for series in chart.series
+        for text, point in zip(series.labels, series.points, strict=False)
+        if text
+    ]
+
+
+def apart(labels: Sequence[Label]) -> list[Label]:
+    """The same, each raised above those on which it would lie: its colour says which point is meant."""
+    placed: list[Label] = []
+    for text, (x, y), colour in sorted(labels, key=lambda label: label[1][1]):
+        for other, (x2, y2), _ in placed:  # from below
+            if abs(x - x2) < max(len(text), len(other)) * LETTER_SHARE and y < y2 + LINE_SHARE:
+                y = y2 + LINE_SHARE
+        placed = sorted([*placed, (text, (x, y), colour)], key=lambda label: label[1][1])
+    return placed
+
+
+def _label(axes: Axes, text: str, point: Point, colour: str) -> None:
     """Beside a point, on the side where there is room."""
-    to_the_left = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[0] > 0.8
-    place: dict[str, Any] = {"xytext": (-7, 5), "ha": "right"} if to_the_left else {"xytext": (7, 5), "ha": "left"}
-    axes.annotate(text, (x, y), textcoords="offset points", color=colour, weight="bold", **place)
+    place: dict[str, Any] = {"xytext": (-7, 5), "ha": "right"} if point[0] > 0.8 else {"xytext": (7, 5), "ha": "left"}
+    axes.annotate(text, point, xycoords="axes fraction", textcoords="offset points", color=colour, weight="bold", **place)
 
 
 def _colour(name: str) -> str:

@@ -9,8 +9,9 @@ from typing import Any
 
 from ..evaluation.table import count, percent
 from .charts import Chart, Drawing, Series, draw
-from .figures import MODELS, Cell, Figure, Table, percent_whole, signed_free
+from .figures import MODELS, Cell, Figure, Table, signed_free
 from .measured import Measured, finite
+from .places import short_path
 
 
 def reliability(found: Measured) -> Drawing | None:
@@ -27,9 +28,7 @@ def reliability(found: Measured) -> Drawing | None:
     if not series:
         return None
     labels = ("how sure the model is", "how often it is right")
-    chart = Chart(
-        "Calibration", *labels, series, "reliability", diagonal="as sure as right", square=True, x_text=percent_whole, y_text=percent_whole
-    )
+    chart = Chart("Calibration", *labels, series, "reliability", diagonal="as sure as right", square=True, x_text=percent, y_text=percent)
     return draw(chart)
 
 
@@ -112,9 +111,9 @@ class Token:
 
 @dataclass(frozen=True)
 class Difference:
-    """A text in which the student is far from its teacher."""
+    """A text in which the student is far from its teacher: where it stands, how far, its tokens, the worst of them."""
 
-    row: str
+    place: str
     kl: Figure
     tokens: list[Token]
     worst: Table
@@ -122,18 +121,22 @@ class Difference:
 
 def differences(found: Measured) -> list[Difference]:
     """The texts in which the student is furthest from its teacher, token by token."""
-    shown = []
+    shown: list[Difference] = []
     for i, entry in enumerate(found.details.get("differences", [])):
         kl = finite(entry.get("forward_kl"))
         if kl is None:
             continue
         tokens = [_token(token) for token in entry["tokens"]]
-        shown.append(
-            Difference(
-                str(entry.get("row", "")), Figure(f"{kl:.2f}", f"differences/{i}/forward_kl", kl), tokens, _worst(i, entry["tokens"])
-            )
-        )
+        figure = Figure(f"{kl:.2f}", f"differences/{i}/forward_kl", kl)
+        shown.append(Difference(_place(entry) or f"text {len(shown) + 1}", figure, tokens, _worst(i, entry["tokens"])))
     return shown
+
+
+def _place(entry: dict[str, Any]) -> str:
+    """The row of the data, and where in the held-out sequences the text begins."""
+    sequence, token = finite(entry.get("sequence")), finite(entry.get("token"))
+    held_out = "" if sequence is None or token is None else f"held-out sequence {sequence:.0f}, token {token:.0f}"
+    return ", ".join(part for part in (short_path(str(entry.get("row", ""))), held_out) if part)
 
 
 def _token(token: dict[str, Any]) -> Token:

@@ -6,16 +6,19 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import Any
 
-from ..compare import NOT_COMPARED, gap_closed, has_teacher_signal, interval
+from ..compare import NOT_COMPARED, against_control, has_teacher_signal, interval, objective_text
+from ..evaluation.table import percent
 from .charts import MOST_POINTS, Chart, Drawing, Series, draw, thinned
-from .figures import Cell, Figure, Numbered, Table, count_text, factor, figure, percent_whole, signed_free, text_of
-from .measured import Measured, leaves
-from .run_page import CURVES, FEWEST_POINTS, has_objective
-from .settings import WHERE_IT_RAN, differing, shown
+from .figures import Cell, Figure, Numbered, Table, better, count_text, factor, figure, signed_free, text_of
+from .measured import Measured, finite, leaves
+from .run_page import CURVES, FEWEST_POINTS, NOT_TRAINING_LOSS, has_objective
+from .settings import WHERE_IT_RAN, differing, shown_apart
 
 COLOURS = 8
 FEWER_POINTS = 40  # of a curve in grey, of which there may be hundreds
@@ -23,13 +26,17 @@ QUALITY = "eval/student_perplexity"
 SAME_TEXT = ("data.num_workers", "data.cache_dir", "data.on_bad_row")
 CLOSE = 1.05
 """Costs that differ by less than this factor are not worth a chart."""
-METRICS = (
+GAP = "control/gap_closed"
+NOT_THE_LOSS = "objective.logits_memory_mib"
+QUALITIES = (
     ("held-out loss", "eval/student_nll"),
     ("perplexity", "eval/student_perplexity"),
     ("KL", "eval/forward_kl"),
     ("top-1 agreement", "eval/top1_agreement"),
     ("calibration error", "eval/student_ece"),
-    ("gap closed", "control/gap_closed"),
+    ("gap closed", GAP),
+)
+COSTS = (
     ("parameters", "model/student_parameters"),
     ("tokens read per s", "perf/student_tokens_per_second"),
     ("tokens written per s", "perf/student_generation_tokens_per_second"),
@@ -43,15 +50,27 @@ class Group:
 
     Attributes:
         number: From 1, as the page has it.
-        name: Of its first run.
+        name: What the folders of its runs are called.
         members: The runs.
         controls: The control of each run, as far as it is among those given.
+        label: What tells it from the others: its objective, its name, or both.
     """
 
     number: int
     name: str
     members: tuple[Measured, ...]
     controls: tuple[Measured | None, ...] = ()
+    label: str = ""
+
+    @property
+    def is_control(self) -> bool:
+        """Whether its runs were trained without a teacher's signal."""
+        return _is_control(self.members[0])
+
+    @property
+    def has_figures(self) -> bool:
+        """Whether any of its runs came to its end."""
+        return any(member.summary for member in self.members)
 
     @property
     def style(self) -> str:
@@ -64,15 +83,17 @@ class Group:
         return ", ".join(str(member.seed) for member in self.members if member.seed is not None)
 
     def values(self, key: str) -> list[tuple[Measured, float]]:
-        """A figure of each run that has it; the gap closed also where the control was trained apart."""
-        found = []
-        for member, control in zip(self.members, self.controls or [None] * len(self.members), strict=True):
-            value = member.value(key)
-            if value is None and key == "control/gap_closed" and control is not None:
-                value = gap_closed(member.summary, control.summary)
-            if value is not None:
-                found.append((member, value))
-        return found
+        """A figure of each run that has it; those of a control also where it was trained apart."""
+        found = [(member, self._value(member, control, key)) for member, control in self._pairs()]
+        return [(member, value) for member, value in found if value is not None]
+
+    def _pairs(self) -> list[tuple[Measured, Measured | None]]:
+        return list(zip(self.members, self.controls or [None] * len(self.members), strict=True))
+
+    def _value(self, member: Measured, control: Measured | None, key: str) -> float | None:
+        if control is None or not _is_of_a_control_apart(member, key):
+            return member.value(key)
+        return finite(against_control(_finite_figures(member), _finite_figures(control)).get(key))
 
     def mean(self, key: str) -> float | None:
         """Over its runs; None where no run has it."""
@@ -80,16 +101,38 @@ class Group:
         return fmean(values) if values else None
 
     def figure(self, key: str) -> Figure | None:
-        """The mean, ± half a 95 % confidence interval over seeds where there are several."""
-        values = self.values(key)
-        if not values:
+        """The mean."""
+        return self.made((key,), lambda value: value, lambda value: text_of(key, value))
+
+    def made(self, keys: Sequence[str], formula: Callable[..., float], text: Callable[[float], str]) -> Figure | None:
+        """The mean of what is made of figures of each run that has them all, ± half an interval over seeds; None where no run has them."""
+        rows = [(member, control, [self._value(member, control, key) for key in keys]) for member, control in self._pairs()]
+        known = [(member, control, formula(*row)) for member, control, row in rows if None not in row]
+        if not known:
             return None
-        average = fmean(value for _, value in values)
-        spread = ""
-        if len(values) > 1 and not key.startswith(("model/", "train/")):
-            half = interval([value for _, value in values])
-            spread = f"± {text_of(key, half).removesuffix(' %')}"
-        return Figure(text_of(key, average), key, average, "\n".join(str(member.path) for member, _ in values), spread)
+        values = [value for _, _, value in known]
+        apart = [control.place for member, control, _ in known if control and any(_is_of_a_control_apart(member, key) for key in keys)]
+        places = [*(member.place for member, _, _ in known), *apart]
+        half = interval(values) if len(values) > 1 else None
+        return Figure(text(fmean(values)), " ".join(keys), fmean(values), "\n".join(places), _spread(keys[0], values, text), half)
+
+
+def _is_of_a_control_apart(run: Measured, key: str) -> bool:
+    """Whether a figure of the control is not the run's own."""
+    return key.startswith("control/") and "control/student_nll" not in run.summary
+
+
+def _finite_figures(run: Measured) -> dict[str, float]:
+    return {key: value for key in run.summary if (value := run.value(key)) is not None}
+
+
+def _spread(key: str, values: Sequence[float], text: Callable[[float], str]) -> str:
+    """± half an interval over seeds; of speeds, which have nothing to do with seeds, the lowest and the highest; of sizes nothing."""
+    if len(set(values)) < 2 or key.startswith(("model/", "train/")):
+        return ""
+    if key.startswith("perf/"):
+        return f"{text(min(values))} – {text(max(values))}"
+    return f"± {text(interval(values)).removesuffix(' %')}"
 
 
 def grouped(runs: Sequence[Measured]) -> list[Group]:
@@ -99,7 +142,7 @@ def grouped(runs: Sequence[Measured]) -> list[Group]:
     for run in runs:
         own = str(run.path.resolve()) if not run.is_training else _but_for(run, ("seed", *WHERE_IT_RAN, "control"))
         by_settings.setdefault(own, []).append(run)
-    return [
+    groups = [
         Group(
             i,
             common_name([member.name for member in members]),
@@ -108,13 +151,27 @@ def grouped(runs: Sequence[Measured]) -> list[Group]:
         )
         for i, members in enumerate(by_settings.values(), start=1)
     ]
+    return [replace(group, label=label) for group, label in zip(groups, _labels(groups), strict=True)]
+
+
+def _labels(groups: Sequence[Group]) -> list[str]:
+    """What tells groups apart: the objective where it does, the folders' name where all have the same, and else both."""
+    configs = [group.members[0].config for group in groups]
+    objectives = [objective_text(config["objective"]) if has_objective(config) else "" for config in configs]
+    times = Counter(objectives)
+    both = [f"{objective} ({group.name})" if objective else group.name for group, objective in zip(groups, objectives, strict=True)]
+    if len(times) == 1:
+        return [group.name for group in groups]
+    return [objective if objective and times[objective] == 1 else named for objective, named in zip(objectives, both, strict=True)]
 
 
 def common_name(names: Sequence[str]) -> str:
-    """What the names of the runs of a group begin with alike: `small` of `small-seed=0` and `small-seed=1`."""
+    """What the names of the runs of a group begin with alike, and end with: `small` of `small-seed=0` and `small-seed=1`."""
     if len(names) == 1:
         return names[0]
-    return re.sub(r"([-_+. ]|seed|=)+$", "", os.path.commonprefix(list(names))) or names[0]  # noqa: RUF071 - letters are meant
+    begin = re.sub(r"([-_+. ]|seed|=)+$", "", os.path.commonprefix(list(names)))  # noqa: RUF071 - letters are meant
+    end = re.search(r"[-_+. ]\D*$", os.path.commonprefix([name[::-1] for name in names])[::-1])  # noqa: RUF071
+    return f"{begin}…{end[0]}" if begin and end else begin or names[0]
 
 
 def _but_for(run: Measured, keys: Sequence[str]) -> str:
@@ -130,34 +187,50 @@ def _is_control(run: Measured) -> bool:
 
 
 def overview(groups: Sequence[Group], factors: Mapping[str, Sequence[str]] | None = None, first: str = "") -> Table:
-    """All groups with their figures, and the teacher's, if it is one for all.
+    """How good the students of all groups are, and the teacher, if it is one for all.
 
     Args:
         groups: In the order to show.
         factors: Columns of their own, which say enough to tell the groups apart: what was swept -> its value in each group.
         first: A metric that is shown before the others, whether or not it is one of the usual.
     """
-    factors = factors or {}
-    metrics = [*([(label_of(first), first)] if first else []), *(pair for pair in METRICS if pair[1] != first)]
+    metrics = [*([(label_of(first), first)] if first else []), *(pair for pair in QUALITIES if pair[1] != first)]
+    several = any(len(group.members) > 1 for group in groups)
+    note = "± is half a 95 % confidence interval over seeds (Student's t)." if several else "One seed each: no error bars."
+    return _side_by_side(groups, f"↓ lower is better, ↑ higher is better. {note}", metrics, factors or {}, arrows=True)
+
+
+def costs(groups: Sequence[Group], factors: Mapping[str, Sequence[str]] | None = None) -> Table | None:
+    """What the students of all groups cost, and the teacher; None where nothing of it was measured."""
+    timed = any(group.values(key) for group in groups for _, key in COSTS if key.startswith("perf/"))
+    several = any(len(group.members) > 1 for group in groups)
+    note = "Each run timed its speed by itself, teacher and student in turn" if timed else "What was counted"
+    note += "; below a mean over seeds the lowest and the highest." if timed and several else "."
+    table = _side_by_side(groups, note, COSTS, factors or {})
+    return table if any(isinstance(cell, Figure) for row in table.rows for cell in row) else None
+
+
+def _side_by_side(
+    groups: Sequence[Group], note: str, metrics: Sequence[tuple[str, str]], factors: Mapping[str, Sequence[str]], arrows: bool = False
+) -> Table:
     metrics = [(label, key) for label, key in metrics if any(group.values(key) for group in groups)]
     several = any(len(group.members) > 1 for group in groups)
-    header = ["run", *map(last_part, factors), *(["seeds"] if several else []), *(label for label, _ in metrics)]
+    names = [f"{label}{better(key)}" if arrows else label for label, key in metrics]
+    header = ["run", *map(last_part, factors), *names, *(["seeds"] if several else [])]
     rows: list[list[Cell]] = []
     for i, group in enumerate(groups):
         values: list[Cell] = [of_groups[i] for of_groups in factors.values()]
-        seeds: list[Cell] = [group.seeds] if several else []
         figures = [group.figure(key) for _, key in metrics]
-        rows.append([Numbered(group.number, "" if factors else group.name, group.style), *values, *seeds, *figures])
+        seeds: list[Cell] = [group.seeds] if several else []
+        rows.append([Numbered(group.number, "" if factors else group.label or group.name, group.style), *values, *figures, *seeds])
     if teacher := _teacher_row(groups, [key for _, key in metrics]):
-        rows.append(["teacher", *[""] * (len(factors) + several), *teacher])
-    note = "± is half a 95 % confidence interval over seeds (Student's t)." if several else "One seed each: no error bars."
-    note += " Each run timed its speed by itself." if any("tokens_per_second" in key for _, key in metrics) else ""
+        rows.append(["teacher", *[""] * len(factors), *teacher, *([""] if several else [])])
     return Table(note, header, rows)
 
 
 def label_of(key: str) -> str:
     """What a metric is called."""
-    return next((label for label, known in METRICS if known == key), key)
+    return next((label for label, known in (*QUALITIES, *COSTS) if known == key), key)
 
 
 def last_part(key: str) -> str:
@@ -167,24 +240,29 @@ def last_part(key: str) -> str:
 
 def _teacher_row(groups: Sequence[Group], keys: Sequence[str]) -> list[Figure | None] | None:
     own = [key.replace("student_", "teacher_") for key in keys]
-    first = groups[0].members[0]
-    of_each = {member.value("eval/teacher_nll") for group in groups for member in group.members}
-    cells = [figure(first, name) if name != key else None for name, key in zip(own, keys, strict=True)]
+    first = next((member for group in groups for member in group.members if member.summary), groups[0].members[0])
+    of_each = {member.value("eval/teacher_nll") for group in groups for member in group.members if member.summary}
+    found = [figure(first, name) if name != key else None for name, key in zip(own, keys, strict=True)]
+    cells = [None if shown is None else replace(shown, of=first.place) for shown in found]
     return cells if any(cells) and len(of_each) == 1 else None
 
 
 def text_differs(groups: Sequence[Group]) -> bool:
     """Whether the groups were measured on different held-out text, or on another part of it."""
     data = {key for key in differing([group.members[0] for group in groups]) if key.startswith("data.") and key not in SAME_TEXT}
-    return bool(data) or len({group.mean("eval/tokens") for group in groups}) > 1
+    return bool(data) or len({group.mean("eval/tokens") for group in groups if group.has_figures}) > 1
 
 
 def settings_that_differ(groups: Sequence[Group]) -> Table | None:
     """The settings in which the groups differ."""
     found = {key: values for key, values in differing([group.members[0] for group in groups]).items() if key not in ("seed", "control")}
-    names = [Numbered(group.number, group.name, group.style) for group in groups]
-    rows: list[list[Cell]] = [[key, *(None if value is None else shown(value) for value in values)] for key, values in found.items()]
+    names = [Numbered(group.number, group.label or group.name, group.style) for group in groups]
+    rows: list[list[Cell]] = [[key, *_settings(values)] for key, values in found.items()]
     return Table("Settings that differ", ["setting", *names], rows, numeric=False) if rows else None
+
+
+def _settings(values: Sequence[Any]) -> list[Cell]:
+    return [None if value is None else text for value, text in zip(values, shown_apart(values), strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------------- charts
@@ -204,6 +282,7 @@ def trade_offs(groups: Sequence[Group]) -> list[Drawing]:
     cost the same, whatever was timed: of them nothing is drawn.
     """
     drawn = []
+    groups = [group for group in groups if group.has_figures]
     alike = len({group.mean("model/student_parameters") for group in groups}) == 1
     for title, unit, template in AGAINST[: 0 if alike else None]:
         key, own = template.format("student"), template.format("teacher")
@@ -231,26 +310,34 @@ def _cost(group: Group, key: str, below: str | None) -> float | None:
 
 
 def _spot(group: Group, point: tuple[float, float], cost: str) -> Series:
-    title = f"{group.number} {group.name}: perplexity {point[1]:.2f}, {cost}"
+    title = f"{group.number} {group.label or group.name}: perplexity {point[1]:.2f}, {cost}"
     return Series(str(group.number), [point], group.style, line=False, marks=True, titles=[title], labels=[str(group.number)])
 
 
+def same_objective(groups: Sequence[Group]) -> bool:
+    """Whether all groups minimise the same loss."""
+    found = differing([group.members[0] for group in groups])
+    return not any(key.startswith("objective.") and key != NOT_THE_LOSS for key in found)
+
+
 def overlaid(groups: Sequence[Group]) -> list[Drawing]:
-    """The curves of all runs in one chart a metric; of the runs beyond the eighth in grey, behind the others."""
+    """The curves of all runs in one chart a metric; of the runs beyond the eighth in grey, behind the others.
+
+    The training loss only where all minimise the same: losses of different objectives are not on one scale.
+    """
     drawn = []
-    for title, unit, keys, level_keys in CURVES:
+    for title, unit, keys, level_keys in CURVES if same_objective(groups) else NOT_TRAINING_LOSS:
         key = keys[0][0]
         series = []
         for group in groups:
             for member in group.members:
                 points, _ = thinned(member.curve(key), MOST_POINTS if group.number <= COLOURS else FEWER_POINTS)
                 if len(points) >= FEWEST_POINTS:
-                    name = str(group.number) if group.number <= COLOURS else "others"
+                    name = ": ".join(filter(None, (str(group.number), group.label))) if group.number <= COLOURS else "others"
                     series.append(Series(name, points, group.style, marks=False))
-        levels = [
-            ("teacher", value, "teacher") for name, own in level_keys if name == "teacher" and (value := groups[0].mean(own)) is not None
-        ]
+        teachers = [group.mean(own) for name, own in level_keys if name == "teacher" for group in groups]
+        levels = [("teacher", value, "teacher") for value in teachers if value is not None][:1]
         if len(series) >= FEWEST_POINTS:
-            text = percent_whole if unit == "share of tokens" else signed_free
+            text = percent if unit == "share of tokens" else signed_free
             drawn.append(draw(Chart(title, "optimizer step", unit, series, key, levels, x_text=count_text, y_text=text)))
     return drawn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from ..storage import size_text
 from .measured import Measured, finite
 
 MODELS = ("teacher", "student")
+PAGE_COLUMNS = (3, 2, 0, 1)  # of a table of keys: student after, control, teacher, student before; the first are what a narrow screen shows
+HIGHER_IS_BETTER = re.compile(r"agreement|correlation|gap_closed|kl_reduction|tokens_per_second|distinct|^task/(?!.*from_half)")
 NOT_FINITE = "not finite"
 
 
@@ -25,6 +28,7 @@ class Figure:
         value: The number itself; None where it is not finite.
         of: The names of the folders, where the page has several.
         spread: What is shown behind it, such as `± 0.02`.
+        half: Half a confidence interval of the number, where it is a mean over several.
     """
 
     text: str
@@ -32,6 +36,7 @@ class Figure:
     value: float | None
     of: str = ""
     spread: str = ""
+    half: float | None = None
 
 
 @dataclass(frozen=True)
@@ -73,11 +78,6 @@ def seconds(value: float) -> str:
     return f"{value:.3g} s"
 
 
-def percent_whole(value: float) -> str:
-    """A share without decimals."""
-    return f"{100 * value:.0f} %"
-
-
 def count_text(value: float) -> str:
     """A number of steps."""
     return f"{value:,.0f}" if value == int(value) else f"{value:g}"
@@ -85,6 +85,8 @@ def count_text(value: float) -> str:
 
 def signed_free(value: float) -> str:
     """Four digits, without an exponent where that reads well."""
+    if 1e4 <= abs(value) < 1e6:
+        return f"{value:,.0f}"
     return f"{value:,.4g}" if value == 0 or 1e-3 <= abs(value) < 1e6 else f"{value:.3e}"
 
 
@@ -94,6 +96,7 @@ BY_ENDING: tuple[tuple[tuple[str, ...], Callable[[float], str]], ...] = (
     (("_seconds", "_time_to_first_token", "train/seconds"), seconds),
     (("_parameters", "tokens_seen", "/tokens"), count),
     (("_bytes",), size_text),
+    (("/steps",), count_text),
 )
 
 
@@ -148,7 +151,13 @@ def figures_table(found: Measured) -> Table | None:
     rows = [row for row in ROWS if any(key.startswith("eval/") for key in row.keys) and any(key in found.summary for key in row.keys)]
     if not rows:
         return None
-    shown = columns_of(found, [row.keys for row in rows])
+    own = columns_of(found, [row.keys for row in rows])
+    shown = [i for i in PAGE_COLUMNS if i in own]
     titles: Any = COLUMNS if 1 in shown else (*COLUMNS[:3], "student")
-    cells = [[row.label, *(figure(found, row.keys[i]) for i in shown)] for row in rows]
-    return Table("On held-out text", ["", *(titles[i] for i in shown)], cells)
+    cells = [[f"{row.label}{better(row.keys[-1])}", *(figure(found, row.keys[i]) for i in shown)] for row in rows]
+    return Table("On held-out text: ↓ lower is better, ↑ higher is better", ["", *(titles[i] for i in shown)], cells)
+
+
+def better(key: str) -> str:
+    """Which way is good, to stand behind a label on the same line."""
+    return "\u00a0↑" if HIGHER_IS_BETTER.search(key) else "\u00a0↓"

@@ -11,11 +11,22 @@ from typing import Any
 
 from ..comparable import what_differs
 from ..errors import ConfigError, StorageError
+from ..folder_lock import is_abandoned
 from ..redaction import redact
 from ..written import read_object, read_rows, read_settings, remedy_for
+from .places import place_of, without_paths
 
 FROM_TRAINING = ("eval/", "before/", "control/", "train/", "data/")
 """Families of figures that a run measures itself; the others are taken from its `evaluation` folder where it has one."""
+
+
+UNFINISHED = {
+    "running": ("is still running", "Its figures are those up to here and will change."),
+    "killed": ("was killed", "Its figures are those up to there; the same command takes it up again."),
+    "preempted": ("was stopped", "Its figures are those up to there; the same command takes it up again."),
+    "failed": ("failed", "Its figures are those up to there; the same command takes it up again."),
+}
+"""State of a run that did not come to its end -> how, and what can be done."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +60,29 @@ class Measured:
         return f"{path.parent.name}/{path.name}" if path.name == "evaluation" else path.name
 
     @property
+    def place(self) -> str:
+        """Where it is, short."""
+        return place_of(self.path)
+
+    @property
     def state(self) -> str:
-        """running, finished, preempted, failed; `measured` for an evaluation."""
+        """running, killed, finished, preempted, failed; `measured` for an evaluation."""
         return str(self.status.get("state", "measured" if self.summary else "unknown"))
+
+    @property
+    def step(self) -> int:
+        """How far it came: the last that was logged, since a status lags behind."""
+        return max([int(finite(self.status.get("step")) or 0), *(row["step"] for row in self.rows)])
+
+    @property
+    def unfinished(self) -> str:
+        """What became of a run that did not come to its end, in a sentence; "" of all others."""
+        if self.state not in UNFINISHED:
+            return ""
+        of = (self.config.get("trainer") or {}).get("max_steps")
+        how, what_now = UNFINISHED[self.state]
+        why = without_paths(str(self.status.get("error") or ""))
+        return f"{how} at step {self.step}{f' of {of}' if of else ''}{f' ({why})' if why else ''}. {what_now}"
 
     @property
     def seed(self) -> int | None:
@@ -95,9 +126,7 @@ def open_measured(path: Path) -> Measured:
     if not is_measured(path):
         raise ConfigError(str(path), "neither a run nor an evaluation (no status.json, summary.json or config.yaml)", "Give an output_dir.")
     summary, details = read_object(path / "summary.json"), _details(path / "details.json")
-    found = Measured(
-        path, _settings(path / "config.yaml"), read_object(path / "status.json"), summary, read_rows(path / "metrics.jsonl"), details
-    )
+    found = Measured(path, _settings(path / "config.yaml"), _status(path), summary, read_rows(path / "metrics.jsonl"), details)
     return _with_evaluation(found)
 
 
@@ -157,6 +186,12 @@ def _settings(file: Path) -> dict[str, Any]:
     """Without secrets once more: whoever gets the page may not be who has the folder."""
     redacted: dict[str, Any] = redact(read_settings(file))
     return redacted
+
+
+def _status(folder: Path) -> dict[str, Any]:
+    """A process that is killed has no time to say so: its status is still `running`, and its lock is there."""
+    status = read_object(folder / "status.json")
+    return status | {"state": "killed"} if status.get("state") == "running" and is_abandoned(folder) else status
 
 
 Shape = Callable[[Any], bool]

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from .. import __version__
 from ..evaluation.printable import printable
-from . import close_look, comparison, run_page, sweep
+from . import close_look, comparison, run_page, sweep, verdict
 from .figures import Figure, Numbered, Table, figures_table
 from .measured import Measured
 from .settings import settings_tables
@@ -51,6 +51,7 @@ def page_of_run(found: Measured) -> str:
     )
     tiles = run_page.tiles(found)
     in_tables = {key for table in (figures, efficiency, tasks, generations) for key in _keys(table)} | {tile.figure.keys for tile in tiles}
+    in_tables |= run_page.repeated(found)
     return (
         environment()
         .get_template("run.html.jinja")
@@ -58,7 +59,8 @@ def page_of_run(found: Measured) -> str:
             title=found.name,
             found=found,
             tiles=tiles,
-            sentences=list(run_page.in_words(found)),
+            about=run_page.about(found),
+            answers=verdict.answers_of_run(found),
             figures=figures,
             efficiency=efficiency,
             tasks=tasks,
@@ -89,7 +91,9 @@ def page_of_several(runs: Sequence[Measured]) -> str:
         sweep=None,
         leader=leader,
         best=leader.figure(sweep.BY_DEFAULT) if leader is not None else None,
+        answers=verdict.answers_of_groups(groups),
         overview=comparison.overview(groups),
+        costs=comparison.costs(groups),
         differing=comparison.settings_that_differ(groups),
     )
 
@@ -102,8 +106,11 @@ def page_of_sweep(found: sweep.Sweep) -> str:
         title=f"Sweep {found.path.resolve().name}",
         sweep=found,
         best=found.best.figure(found.metric),
+        metric=comparison.label_of(found.metric),
+        answers=verdict.answers_of_groups([found.best]),
         best_settings=", ".join(f"{key} = {values[0]}" for key, values in columns.items()),
         overview=comparison.overview(found.groups, columns, first=found.metric),
+        costs=comparison.costs(found.groups, columns),
         effects=sweep.effects(found),
         is_full_grid=sweep.is_full_grid(found),
         missing=Table("Failed and unfinished", ["run", "state", "why"], [[m.name, m.state, m.why] for m in found.missing], numeric=False),
@@ -120,6 +127,7 @@ def _page_of_groups(groups: Sequence[comparison.Group], **further: Any) -> str:
             text_differs=comparison.text_differs(groups),
             trade_offs=comparison.trade_offs(groups),
             overlaid=comparison.overlaid(groups),
+            same_objective=comparison.same_objective(groups),
             **further,
         )
     )

@@ -5,13 +5,16 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import Any
 
 from ..compare import has_teacher_signal, objective_text
 from ..evaluation.table import FROM_HALF, count, percent
 from .charts import Chart, Drawing, Series, draw, thinned
-from .figures import MODELS, Cell, Figure, Table, count_text, factor, figure, percent_whole, ratio, signed_free, text_of, times
+from .figures import MODELS, Cell, Figure, Table, count_text, factor, figure, ratio, signed_free, times
 from .measured import Measured, finite
+from .places import short_path, without_paths
+from .settings import shown
 
 FEWEST_POINTS = 2
 
@@ -28,39 +31,58 @@ class Tile:
 # ------------------------------------------------------------------------------------------------------------------------- headline
 
 
+def about(found: Measured) -> tuple[str | Figure, ...]:
+    """Which models these are, in a sentence: texts and figures in turn."""
+    student, teacher = figure(found, "model/student_parameters"), figure(found, "model/teacher_parameters")
+    taught = not has_objective(found.config) or has_teacher_signal(found.config["objective"])
+    how = "measured beside" if not found.is_training else "taught by" if taught else "trained without its teacher,"
+    steps, text = figure(found, "train/steps"), _name_of_data(found.config.get("data") or {})
+    return (
+        *(("A student of ", student, " parameters") if student else ("A student",)),
+        f", {how} {_name_of(found.config.get('teacher') or {})}",
+        *((" (", teacher, " parameters)") if teacher else ()),
+        *((", ", steps, " steps") if steps else ()),
+        f" on {text}" if text else "",
+        "" if found.seed is None else f", seed {found.seed}",
+        ".",
+    )
+
+
+def _name_of(teacher: dict[str, Any]) -> str:
+    name = str(teacher.get("path") or teacher.get("model") or "")
+    return PurePath(name).name if name else f"the {teacher.get('kind') or 'unknown'} teacher"
+
+
+def _name_of_data(data: dict[str, Any]) -> str:
+    known = data.get("path") or data.get("name") or ", ".join(map(str, data.get("mixture") or ())) or data.get("source") or ""
+    return PurePath(str(known)).name
+
+
 def tiles(found: Measured) -> list[Tile]:
     """The figures that a reader looks for first, as far as they were measured."""
     figures = {key: figure(found, key) for key in found.summary}
     wanted = [
-        ("perplexity", figures.get("eval/student_perplexity"), _beside_perplexity(found)),
-        ("gap closed", figures.get("control/gap_closed"), ("of the way from the control to the teacher",)),
-        ("KL to the teacher", figures.get("eval/forward_kl"), ("nats per token", *_before(found, "before/forward_kl"))),
-        ("top-1 agreement", figures.get("eval/top1_agreement"), ("same most likely token", *_before(found, "before/top1_agreement"))),
+        ("gap closed", figures.get("control/gap_closed"), ("of the way from the control to the teacher, in loss",)),
+        ("perplexity", figures.get("eval/student_perplexity"), _beside(found, "student_perplexity", "eval/teacher_perplexity")),
+        ("KL to the teacher", figures.get("eval/forward_kl"), _beside(found, "forward_kl")),
+        ("top-1 agreement", figures.get("eval/top1_agreement"), _beside(found, "top1_agreement")),
         ("size", ratio(found, "model/student_parameters", "model/teacher_parameters", percent), _sizes(found)),
         (
             "reading speed",
             ratio(found, "perf/student_tokens_per_second", "perf/teacher_tokens_per_second", times),
-            ("as fast as the teacher",),
+            ("the teacher's",),
         ),
     ]
     return [Tile(name, shown, beside) for name, shown, beside in wanted if shown is not None]
 
 
-def _beside_perplexity(found: Measured) -> tuple[str | Figure, ...]:
+def _beside(found: Measured, name: str, teacher: str = "") -> tuple[str | Figure, ...]:
+    """The same of control, teacher and the student before training."""
     parts: list[str | Figure] = []
-    for word, key in (
-        ("teacher", "eval/teacher_perplexity"),
-        ("before", "before/student_perplexity"),
-        ("control", "control/student_perplexity"),
-    ):
+    for word, key in (("control", f"control/{name}"), ("teacher", teacher), ("before", f"before/{name}")):
         if (shown := figure(found, key)) is not None:
             parts += [", " if parts else "", f"{word} ", shown]
     return tuple(parts)
-
-
-def _before(found: Measured, key: str) -> tuple[str | Figure, ...]:
-    shown = figure(found, key)
-    return () if shown is None else (", before ", shown)
 
 
 def _sizes(found: Measured) -> tuple[str | Figure, ...]:
@@ -68,48 +90,9 @@ def _sizes(found: Measured) -> tuple[str | Figure, ...]:
     return (student, " of ", teacher, " parameters") if student and teacher else ()
 
 
-def in_words(found: Measured) -> Iterator[tuple[str | Figure, ...]]:
-    """Sentences, as texts and figures in turn."""
-    size = ratio(found, "model/student_parameters", "model/teacher_parameters", percent)
-    speed = ratio(found, "perf/student_tokens_per_second", "perf/teacher_tokens_per_second", factor)
-    agreement = figure(found, "eval/top1_agreement")
-    if size and speed and speed.value:
-        yield "The student has ", size, " of the teacher's parameters and reads text ", speed, " times as fast."
-    elif size:
-        yield "The student has ", size, " of the teacher's parameters."
-    if agreement:
-        yield "It would write the same next token as the teacher at ", agreement, " of the places."
-    yield from _loss_in_words(found)
-    gap, reduction = found.value("control/gap_closed"), figure(found, "control/kl_reduction")
-    if (shown := figure(found, "control/gap_closed")) and gap is not None:
-        meaning = " of what separates the same student, trained without a teacher, from the teacher"
-        yield ("Distillation closes ", shown, meaning, ".") if gap > 0 else ("Distillation did not help: it closes ", shown, meaning, ".")
-    if reduction and reduction.value and reduction.value > 0:
-        yield "It takes away ", reduction, " of the control's divergence from the teacher."
-
-
-def _loss_in_words(found: Measured) -> Iterator[tuple[str | Figure, ...]]:
-    keys = ("before/student_nll", "eval/student_nll", "eval/teacher_nll")
-    before, student, teacher = (found.value(key) for key in keys)
-    if student is None or teacher is None:
-        return
-    above = Figure(text_of(keys[1], abs(student - teacher)), f"{keys[1]} {keys[2]}", abs(student - teacher))
-    sentence: tuple[str | Figure, ...] = (
-        "On held-out text it loses ",
-        above,
-        f" nats per token {'more' if student >= teacher else 'less'} than the teacher",
-    )
-    if before is not None and before > teacher:
-        share = (before - student) / (before - teacher)
-        way = Figure(percent(share), " ".join(keys), share)
-        sentence += ("; training took it ", way, " of the way there from where it began") if share > 0 else ("; training made it worse",)
-    yield (*sentence, ".")
-
-
 # --------------------------------------------------------------------------------------------------------------------------- curves
 
-CURVES = (
-    ("Training loss", "loss", (("train/loss", "student"),), ()),
+NOT_TRAINING_LOSS = (
     (
         "Held-out loss",
         "nats per token",
@@ -119,6 +102,7 @@ CURVES = (
     ("KL to the teacher", "nats per token", (("eval/forward_kl", "student"),), (("control", "control/forward_kl"),)),
     ("Top-1 agreement", "share of tokens", (("eval/top1_agreement", "student"),), (("control", "control/top1_agreement"),)),
 )
+CURVES = (*NOT_TRAINING_LOSS, ("Training loss", "loss", (("train/loss", "student"),), ()))
 
 
 def curves(found: Measured) -> list[Drawing]:
@@ -134,7 +118,8 @@ def curves(found: Measured) -> list[Drawing]:
         levels = [(name, value, name) for name, key in level_keys if (value := _level(found, key)) is not None]
         if series:
             note = f"Each point is the mean of {max(sizes)} logged steps." if max(sizes) > 1 else ""
-            text = percent_whole if unit == "share of tokens" else signed_free
+            note = note or ("Dashed lines: the last figures." if levels else "")
+            text = percent if unit == "share of tokens" else signed_free
             every_key = " ".join(key for key, _ in (*keys, *((key, name) for name, key in level_keys)))
             drawn.append(draw(Chart(title, "optimizer step", unit, series, every_key, levels, y_text=text, x_text=count_text, note=note)))
     return drawn
@@ -177,9 +162,12 @@ def efficiency(found: Measured) -> Table | None:
     return Table("What the models cost", ["", "teacher", "student", "student ÷ teacher"], rows) if rows else None
 
 
+WRITTEN = {"words": "words a text", "repetition": "repeated 4-grams", "distinct_1": "distinct words", "distinct_2": "distinct word pairs"}
+
+
 def generations(found: Measured) -> Table | None:
     """Repetition and diversity of what the models write."""
-    return _by_model(found, "text", "What the models write", lambda name: name.replace("_", " "))
+    return _by_model(found, "text", "What the models write", lambda name: WRITTEN.get(name, name.replace("_", " ")))
 
 
 def _by_model(found: Measured, family: str, caption: str, label: Any) -> Table | None:
@@ -190,7 +178,8 @@ def _by_model(found: Measured, family: str, caption: str, label: Any) -> Table |
 
 def tasks(found: Measured) -> Table | None:
     """What the models got on each task and each group of it: `task/<name>/<model>`, `task/<name>/<group>/<model>`."""
-    names = sorted({key.rpartition("/")[0] for key in found.summary if key.startswith("task/") and key.rpartition("/")[2] in MODELS})
+    keys = {key for key in found.summary if key.startswith("task/") and key.rpartition("/")[2] in MODELS}
+    names = sorted({key.rpartition("/")[0] for key in keys - repeated(found)})
     about = _about_tasks(found)
     has_distances = any(key.endswith(FROM_HALF) for key in found.summary)
     rows: list[list[Cell]] = []
@@ -220,6 +209,13 @@ def _approach(name: str, teacher: Figure | None = None, student: Figure | None =
     shift = student.value - teacher.value
     text = f"{100 * abs(shift):.1f} points {'further from' if shift > 0 else 'nearer to'} 50 %"
     return Figure(text, f"{name}/student{FROM_HALF} {name}/teacher{FROM_HALF}", shift)
+
+
+def repeated(found: Measured) -> set[str]:
+    """`task/<name>/<metric>/<model>` of the metric that `task/<name>/<model>` is: once is enough."""
+    tasks = {f"task/{name.replace('/', '-')}": str(task.get("kind", "")) for name, task in found.details.get("tasks", {}).items()}
+    twice = {(f"{task}/{kind.replace('/', '-')}/{model}", f"{task}/{model}") for task, kind in tasks.items() for model in MODELS}
+    return {again for again, once in twice if again in found.summary and found.summary[again] == found.summary.get(once)}
 
 
 def _difference(name: str, teacher: Figure | None, student: Figure | None) -> Figure | None:
@@ -264,30 +260,30 @@ def provenance(found: Measured) -> list[tuple[str, str]]:
     """(what, text): where teacher, student, data and figures come from, as the folder says it."""
     config = found.config
     lines = [
-        ("folder", str(found.path)),
+        ("folder", found.place),
         ("state", _state(found)),
-        ("error", str(found.status.get("error", ""))),
+        ("error", without_paths(str(found.status.get("error", "")))),
         ("teacher", _origin(config.get("teacher") or {})),
-        ("student", _origin(config.get("student") or {}) or str(config.get("model") or "")),
+        ("student", _origin(config.get("student") or {}) or short_path(str(config.get("model") or ""))),
         ("data", _data(config.get("data") or {})),
         ("objective", objective_text(config["objective"]) if has_objective(config) else ""),
         ("seed", "" if found.seed is None else str(found.seed)),
-        ("evaluation", found.evaluation),
+        ("evaluation", without_paths(found.evaluation)),
     ]
-    lines += [(key.partition("/")[2] or key, value) for key, value in found.summary.items() if isinstance(value, str)]
+    lines += [(key.partition("/")[2] or key, short_path(value)) for key, value in found.summary.items() if isinstance(value, str)]
     return [(name, text) for name, text in lines if text]
 
 
 def _state(found: Measured) -> str:
     status = found.status
-    at, when = f" at step {status['step']}" if "step" in status else "", f", {status['updated']}" if "updated" in status else ""
+    at, when = f" at step {found.step}" if "step" in status else "", f", {status['updated']}" if "updated" in status else ""
     return f"{found.state}{at}{when}"
 
 
 def _data(data: dict[str, Any]) -> str:
     held_out = ("eval_path",) if data.get("eval_path") else ("eval_split",) if data.get("eval_split") else ("eval_fraction",)
     of_hub = ("name", "revision", "split") if data.get("source") == "hub" else ()
-    return ", ".join(f"{key} {data[key]}" for key in ("source", "path", *of_hub, *held_out, "seq_len") if data.get(key) is not None)
+    return ", ".join(f"{key} {shown(data[key])}" for key in ("source", "path", *of_hub, *held_out, "seq_len") if data.get(key) is not None)
 
 
 def has_objective(config: dict[str, Any]) -> bool:
@@ -296,7 +292,7 @@ def has_objective(config: dict[str, Any]) -> bool:
 
 
 def _origin(model: dict[str, Any]) -> str:
-    parts = [str(model.get(key)) for key in ("kind", "path", "model", "cache_dir") if model.get(key)]
+    parts = [shown(model.get(key)) for key in ("kind", "path", "model", "cache_dir") if model.get(key)]
     if model.get("kind") == "from_teacher" and model.get("num_layers"):
         parts.append(f"{model['num_layers']} layers")
     if model.get("revision"):
@@ -308,10 +304,10 @@ def _origin(model: dict[str, Any]) -> str:
 
 def not_measured(found: Measured) -> Iterator[tuple[str, str]]:
     """(what is not known, the command or setting that would tell, or "")."""
-    has, place = found.summary.__contains__, shlex.quote(str(found.path))
+    has, place = found.summary.__contains__, shlex.quote(found.place)
     evaluate = f"python -m mini_distill.evaluate model={place}"
     if not found.summary:
-        yield "The run is not finished: final figures are missing.", ""
+        yield "The final figures: they are measured when a run ends.", ""
         return
     if not has("eval/forward_kl"):
         yield "Fidelity: there was no teacher to compare with.", ""
@@ -331,4 +327,4 @@ def not_measured(found: Measured) -> Iterator[tuple[str, str]]:
     broken = [key for key, value in found.summary.items() if value is None]
     if broken:
         yield f"Not finite, which no model should be: {', '.join(broken)}.", ""
-    yield "Spread: one run with one seed has no error bars.", "python -m mini_distill.compare …"
+    yield "Spread: one run with one seed has no error bars. Train it with other seeds, then:", f"python -m mini_distill.report {place} …"

@@ -15,16 +15,30 @@ from ..config import Config
 from ..overrides import GROUPS, override
 from .figures import Cell, Table
 from .measured import Measured, leaves
+from .places import KEPT, short_path, without_paths
 
-WHERE_IT_RAN = ("output_dir", "resume", "resume_allow", "debug", "tracking", "trainer.num_threads")
+WHERE_IT_RAN = ("output_dir", "resume", "resume_allow", "debug", "tracking", "trainer.num_threads", "trainer.stuck_after")
 """Settings that say nothing about what a run computes."""
 
 
-def shown(value: Any) -> str:
+def written(value: Any) -> str:
     """A value as YAML has it, in a line."""
     if isinstance(value, dict | list | bool) or value is None:
         return json.dumps(value, ensure_ascii=False)
     return str(value)
+
+
+def shown(value: Any, kept: int = KEPT) -> str:
+    """The same, of absolute paths the last parts."""
+    text = written(value)
+    return short_path(text, kept) if isinstance(value, str) else without_paths(text, kept)
+
+
+def shown_apart(values: Sequence[Any]) -> list[str]:
+    """Values beside each other: of paths as many parts as tell them apart."""
+    longest = max(len(written(value)) for value in values)
+    texts = ([shown(value, kept) for value in values] for kept in range(KEPT, longest + KEPT + 1))
+    return next(row for row in texts if len(set(row)) == len(set(map(written, values))))
 
 
 def settings_tables(found: Measured) -> tuple[Table, Table] | None:
@@ -38,7 +52,7 @@ def settings_tables(found: Measured) -> tuple[Table, Table] | None:
     ]
     rest: list[list[Cell]] = [[key, shown(value)] for key, value in own.items() if key in usual and usual[key] == value]
     return (
-        Table("Not as by default", ["setting", "here", "default"], changed, numeric=False),
+        Table("Settings that are not the default", ["setting", "here", "default"], changed, numeric=False),
         Table("As by default", ["setting", "value"], rest, numeric=False),
     )
 
@@ -63,6 +77,15 @@ def differing(runs: Sequence[Measured]) -> dict[str, list[Any]]:
 
 def _covered(key: str) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in WHERE_IT_RAN)
+
+
+def with_short_paths(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings in which each absolute path is short."""
+    return {key: with_short_paths(value) if isinstance(value, Mapping) else _with_short_path(value) for key, value in settings.items()}
+
+
+def _with_short_path(value: Any) -> Any:
+    return short_path(value) if isinstance(value, str) else value
 
 
 # -------------------------------------------------------------------------------------------------------------------- the command
@@ -116,9 +139,11 @@ def _default_preset(group: str) -> str | None:
 
 
 def _nearest(own: Mapping[str, Any], usual: Mapping[str, Any], names: Mapping[str, Mapping[str, Any]], default: str | None) -> str | None:
-    def distance(name: str) -> tuple[int, bool]:
+    def distance(name: str) -> tuple[int, bool, int]:
+        """What differs from it; of several as near, the default; then the one that sets the least that has to be set anew."""
         given = merged(usual, names[name])
-        return sum(given.get(key) != value for key, value in own.items()), name != default
+        anew = sum(own.get(key) != value for key, value in names[name].items())
+        return sum(given.get(key) != value for key, value in own.items()), name != default, anew
 
     def possible(name: str) -> bool:
         """An override adds to a mapping that a preset brings, and takes nothing from it."""

@@ -12,16 +12,17 @@ from typing import Any
 
 from ..contract import did_you_mean
 from ..errors import ConfigError, StorageError
+from ..evaluation.table import percent
 from ..overrides import GROUPS
 from ..sweep import how_it_ended, jobs_of
 from .charts import Chart, Drawing, Series, draw
 from .comparison import Group, grouped, label_of
-from .figures import percent_whole, signed_free, text_of
+from .figures import HIGHER_IS_BETTER, signed_free, text_of
 from .measured import Measured, finite, is_measured, open_measured
-from .settings import command_of, differing, preset_of, shown
+from .places import place_of, without_paths
+from .settings import command_of, differing, preset_of, shown_apart, with_short_paths, written
 
-BY_DEFAULT = "eval/student_nll"
-HIGHER_IS_BETTER = re.compile(r"agreement|correlation|gap_closed|kl_reduction|tokens_per_second|distinct|^task/")
+BY_DEFAULT, PERPLEXITY = "eval/student_nll", "eval/student_perplexity"
 MOST_FACTORS = 12
 MOST_VALUES = 8  # that are places on an axis; more are an axis of numbers
 WIDE = 20  # from the lowest to the highest value of a logarithmic axis
@@ -79,15 +80,20 @@ class Sweep:
     factors: list[Factor]
 
     @property
+    def place(self) -> str:
+        """Where it is, short."""
+        return place_of(self.path)
+
+    @property
     def best(self) -> Group:
         """The first."""
         return self.groups[0]
 
     @property
     def command(self) -> str:
-        """What trains the best again, as a shell takes it; "" where its settings are not known."""
+        """What trains the best again, as a shell takes it but for paths, which are short; "" where its settings are not known."""
         config = self.best.members[0].config
-        return command_of(config) if "trainer" in config else ""
+        return command_of(with_short_paths(config)) if "trainer" in config else ""
 
 
 def runs_below(folder: Path) -> list[Path]:
@@ -105,7 +111,7 @@ def _never_began(folder: Path) -> Iterator[Missing]:
     inner = [path for path in sorted(folder.rglob("*.log")) if not any(map(is_measured, path.parents))]
     for path in dict.fromkeys(log.parent for log in inner):
         if why := _error_in_logs(path):
-            yield Missing(str(path.relative_to(folder)), "failed", why)
+            yield Missing(str(path.relative_to(folder)), "failed", without_paths(why))
 
 
 def is_sweep(path: Path) -> bool:
@@ -118,32 +124,44 @@ def open_sweep(path: Path, metric: str | None = None) -> Sweep:
 
     Args:
         path: The folder.
-        metric: Of summary.json, by which the runs are ranked; None: the held-out loss.
+        metric: Of summary.json, by which the runs are ranked; None: that by which they chose their own best.
 
     Raises:
         ConfigError: no run has the metric.
     """
-    key = metric or BY_DEFAULT
     runs, missing = [], list(_never_began(path))
     for folder in runs_below(path):
         name = str(folder.relative_to(path))
         try:
             run = open_measured(folder)
         except StorageError as error:
-            missing.append(Missing(name, "damaged", str(error)))
+            missing.append(Missing(name, "damaged", without_paths(str(error))))
             continue
         if _is_control_of_a_job(folder, run):
             continue
         runs.append(run)
-        if run.value(key) is None:
-            missing.append(Missing(name, run.state, _why(run, key)))
+    key, highest = _chosen_by(runs, metric)
+    missing += [Missing(str(run.path.relative_to(path)), run.state, _why(run, key)) for run in runs if run.value(key) is None]
     ranked = [run for run in runs if run.value(key) is not None]
     if not ranked:
         raise ConfigError(str(path), f"no run has '{key}' yet", _remedy(key, runs, missing))
-    highest = bool(HIGHER_IS_BETTER.search(key))
     groups = sorted(grouped(ranked), key=lambda group: (group.mean(key) or 0.0) * (-1 if highest else 1))
-    groups = [replace(group, number=i) for i, group in enumerate(groups, start=1)]
+    groups = [replace(group, number=i, label="") for i, group in enumerate(groups, start=1)]
     return Sweep(path, key, highest, groups, missing, factors(groups))
+
+
+def _chosen_by(runs: Sequence[Measured], metric: str | None) -> tuple[str, bool]:
+    """The metric, and whether more of it is better: `evaluation.best_metric` and `best_is`, where all runs agree.
+
+    For a perplexity its logarithm, the held-out loss, which puts runs in the same order and has better means over seeds.
+    """
+    choices = {(own["best_metric"], own["best_is"]) for run in runs if (own := run.config.get("evaluation", {})).get("best_metric")}
+    best_metric, best_is = choices.pop() if len(choices) == 1 else (PERPLEXITY, "lowest")
+    if metric is None and (best_metric, best_is) == (PERPLEXITY, "lowest"):
+        return BY_DEFAULT, False
+    if metric is None or metric == best_metric:
+        return best_metric, best_is == "highest"
+    return metric, bool(HIGHER_IS_BETTER.search(metric))
 
 
 def _is_control_of_a_job(folder: Path, run: Measured) -> bool:
@@ -162,11 +180,11 @@ def _remedy(key: str, runs: Sequence[Measured], missing: Sequence[Missing]) -> s
 def _why(run: Measured, key: str) -> str:
     """Why a run has no figure: its error, or how far it came."""
     if error := run.status.get("error") or _error_in_logs(run.path):
-        return str(error)
+        return without_paths(str(error))
     if run.summary:
         return f"no '{key}' in its summary"
     of = (run.config.get("trainer") or {}).get("max_steps")
-    return f"{_killed(run.path)}at step {run.status.get('step', 0)}{f' of {of}' if of else ''}"
+    return f"{_killed(run.path)}at step {run.step}{f' of {of}' if of else ''}"
 
 
 def _killed(job: Path) -> str:
@@ -204,22 +222,22 @@ def factors(groups: Sequence[Group]) -> list[Factor]:
                 )
             )
             found = {key: values for key, values in found.items() if key not in explained}
-    return chosen + [Factor(key, tuple(map(shown, values)), tuple(map(_order, values))) for key, values in found.items()]
+    return chosen + [Factor(key, tuple(shown_apart(values)), tuple(map(_order, values))) for key, values in found.items()]
 
 
 def _follows(values: Sequence[Any], presets: Sequence[str | None]) -> bool:
     """Whether the preset decides the value."""
-    return len({(preset, shown(value)) for preset, value in zip(presets, values, strict=True)}) == len(set(presets))
+    return len({(preset, written(value)) for preset, value in zip(presets, values, strict=True)}) == len(set(presets))
 
 
 def _order(value: Any) -> tuple[bool, float, str]:
     number = finite(value)
-    return number is None, number or 0.0, shown(value)
+    return number is None, number or 0.0, written(value)
 
 
 def is_full_grid(sweep: Sweep) -> bool:
     """Whether each value of each factor was tried with all values of the others, so that means compare like with like."""
-    return len(sweep.groups) == math.prod(len(set(factor.values)) for factor in sweep.factors)
+    return not sweep.missing and len(sweep.groups) == math.prod(len(set(factor.values)) for factor in sweep.factors)
 
 
 def effects(sweep: Sweep) -> list[Drawing]:
@@ -230,7 +248,7 @@ def effects(sweep: Sweep) -> list[Drawing]:
 def _effect(sweep: Sweep, factor: Factor) -> Drawing:
     metric = [group.mean(sweep.metric) or 0.0 for group in sweep.groups]
     titles = [f"{group.number} {group.name}: {text_of(sweep.metric, value)}" for group, value in zip(sweep.groups, metric, strict=True)]
-    y_text = percent_whole if text_of(sweep.metric, metric[0]).endswith("%") else signed_free
+    y_text = percent if text_of(sweep.metric, metric[0]).endswith("%") else signed_free
     label = label_of(sweep.metric)
     names = [text for _, text in sorted(set(zip(factor.order, factor.values, strict=True)))]
     if len(names) > MOST_VALUES and factor.numbers:  # as a random search has them: no two alike, so there is nothing to average
@@ -240,7 +258,5 @@ def _effect(sweep: Sweep, factor: Factor) -> Drawing:
     places = [float(names.index(text)) for text in factor.values]
     each = Series("each run", list(zip(places, metric, strict=True)), "other", line=False, marks=True, titles=titles)
     means = [(float(i), fmean(y for x, y in zip(places, metric, strict=True) if x == i)) for i in range(len(names))]
-    chart = Chart(
-        factor.key, factor.key, label, [Series("mean", means, "student", marks=True), each], sweep.metric, categories=names, y_text=y_text
-    )
-    return draw(chart)
+    mean = Series("mean", means, "student", line=bool(factor.numbers), marks=True)  # names have no order to be joined in
+    return draw(Chart(factor.key, factor.key, label, [mean, each], sweep.metric, categories=names, y_text=y_text))

@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +26,13 @@ from ..data.order import Stream
 from ..errors import NumericsError, StorageError
 from ..losses.reduction import loss_mask, supervised_targets
 from ..losses.sparse import SparseRows, TopKRows
-from ..onlooker import is_watched
+from ..onlooker import bar
 from ..out_of_memory import memory_errors
 from ..storage import atomic_folder, check_writable, remove_stale_temporaries, size_text, verify_folder
 from .cache_files import CHECKSUMS, MARK, SEQUENCE_STARTS, Columns, Side, join, write_columns
+from .cache_forecast import Forecast, forecast, spread_over
 from .cache_identity import DESCRIPTION, check_same, read_description, write_description
-from .cache_kinds import TopK, entry_starts
+from .cache_kinds import TopK
 from .cached import checksums, kind_of_side, save_head
 from .online import OnlineTeacher
 from .sampling import entropy
@@ -39,6 +43,13 @@ CHUNK_LOGITS = 2**24
 """Logits that exist at once. A constant, since the draws of a sequence follow its chunks."""
 
 SHARD_BYTES = 2**26
+
+ASKED_AHEAD = 4
+"""Documents that a server has not answered yet, for each request at a time: while one answer is waited for, others come."""
+
+Work = tuple[Side, int, Batch]
+"""A batch of a shard of a side."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -115,25 +126,23 @@ class CacheBuilder:
         tokens = max(1, stream.num_supervised // max(1, len(stream)))
         return int(np.clip(SHARD_BYTES // (of_token * tokens), 16, 4096))
 
-    def predict(self, sides: dict[str, Side]) -> dict[str, float]:
-        """Score one batch, and from it foretell size, time and what the targets hold of the distribution."""
-        side = sides["train"]
-        numbers = list(side.sequences_of(0))[: self.config.batch_size]
-        self._score(self.streams["train"].batch(numbers[:1]), "train")  # warm
-        started = time.perf_counter()
-        columns, _ = self._score(self.streams["train"].batch(numbers), "train")
+    def forecast(self, side: Side, shards: list[int]) -> Forecast:
+        """Score sequences spread over some shards of a side, and from them foretell size, time and what the targets hold of p."""
+        stream, batches = self.streams[side.name], 4 if side.name == "train" else 1
+        numbers = spread_over(side, shards, batches * self.config.batch_size)
+        self._score(stream.batch(numbers[:1]), side.name)  # warm
+        started, found, masses = time.perf_counter(), dict[int, Columns](), list[Tensor]()
+        for _, _, batch in self._asked_ahead((side, 0, batch) for batch in self._batches(stream, numbers)):
+            self.check_stop()
+            columns, listed = self._score(batch, side.name)
+            found |= columns
+            masses += listed
         seconds = time.perf_counter() - started
-        _, masses = self._score(self.streams["train"].batch(numbers), "train", with_mass=True)
-        tokens = sum(len(part) for part in masses)
-        total = sum(stream.num_supervised for stream in self.streams.values())
-        of_token = sum(array.nbytes for part in columns.values() for array in part.values()) / max(1, tokens)
-        return {
-            "cache/tokens": total,
-            "cache/predicted_bytes_per_token": of_token,
-            "cache/predicted_bytes": of_token * total,
-            "cache/predicted_seconds": seconds / max(1, tokens) * total / self.world_size,
-            "cache/captured_mass": float(torch.cat(masses).mean()) if tokens else 1.0,
-        }
+        if not masses and side.name == "train":  # of which nothing was told by the way; not timed
+            masses = [mass for batch in self._batches(stream, numbers) for mass in self._score(batch, side.name, with_mass=True)[1]]
+        tokens = sum(len(part["_tokens"]) for part in found.values())
+        mass = float(torch.cat(masses).mean()) if tokens and masses else 1.0
+        return forecast(side, stream.num_supervised, list(found.values()), tokens, seconds, mass)
 
     def check_space(self, needed: float) -> None:
         """Before hours of scoring.
@@ -149,8 +158,13 @@ class CacheBuilder:
 
     # ----------------------------------------------------------------------------------------------------------------- scoring
 
-    def build(self, sides: dict[str, Side], show_progress: bool) -> int:
-        """Make every shard that is missing or damaged, of those that fall to this process.
+    def build(self, sides: dict[str, Side], left: dict[str, dict[int, str]], show_progress: bool) -> int:
+        """Make the shards that are left of each side, of those that fall to this process.
+
+        Args:
+            sides: By name.
+            left: Of each side, the shards that are missing or damaged, with what is wrong with them.
+            show_progress: Whether somebody looks on.
 
         Returns:
             How many sequences were scored.
@@ -160,34 +174,53 @@ class CacheBuilder:
         """
         mine = [
             (side, number, problem)
-            for side in sides.values()
-            for number, problem in side.damaged().items()
-            if number % self.world_size == self.rank  # by number: what is still missing changes while others work
+            for name, side in sides.items()
+            for number, problem in left[name].items()
+            if number % self.world_size == self.rank
         ]
         for side, number, problem in mine:
             if problem != "missing":
                 logger.warning("%s: %s; it is made again", side.folder(number), problem)
         total = sum(len(side.sequences_of(number)) for side, number, _ in mine)
+        work = (
+            (side, number, batch) for side, number, _ in mine for batch in self._batches(self.streams[side.name], side.sequences_of(number))
+        )
         with (
             ThreadPoolExecutor(1) as writer,
-            tqdm(total=total, desc="scoring", unit=" sequences", disable=not (show_progress and is_watched())) as progress,
+            closing(self._asked_ahead(work)) as asked,
+            bar(total=total, desc="scoring", unit=" sequences", show=show_progress) as progress,
         ):
             written: Future[None] | None = None
-            for side, number, _ in mine:
-                columns = self._shard(side, number, progress)
+            for (name, number), of_shard in groupby(asked, lambda item: (item[0].name, item[1])):
+                columns = self._shard(sides[name], number, (batch for _, _, batch in of_shard), progress)
                 if written is not None:
                     written.result()
-                written = writer.submit(_write_shard, side.folder(number), columns)  # while the next one is scored
+                written = writer.submit(_write_shard, sides[name].folder(number), columns)  # while the next one is scored
             if written is not None:
                 written.result()
         return total
 
-    def _shard(self, side: Side, number: int, progress: tqdm[Any]) -> Columns:
+    def _asked_ahead(self, work: Iterable[Work]) -> Generator[Work, None, None]:
+        """The same batches; a server is asked about the next ones meanwhile, so that `teacher.num_requests` requests are under way."""
+        teacher, waiting = self.teacher, deque[tuple[Work, list[Future[Any]]]]()
+        if not isinstance(teacher, ServerTeacher):
+            yield from work
+            return
+        try:
+            for item in work:
+                waiting.append((item, teacher.ask(item[-1])))
+                while waiting and (_unanswered(islice(waiting, 1)) == 0 or _unanswered(waiting) >= ASKED_AHEAD * teacher.num_requests):
+                    yield waiting.popleft()[0]
+            while waiting:
+                yield waiting.popleft()[0]
+        finally:
+            teacher.give_up()  # what was asked for nobody, where a build is stopped
+
+    def _shard(self, side: Side, number: int, batches: Iterable[Batch], progress: tqdm[Any]) -> Columns:
         """The columns of one shard."""
-        stream = self.streams[side.name]
         found: dict[int, Columns] = {}
         sums: dict[int, int] = {}
-        for batch in self._batches(stream, side.sequences_of(number)):
+        for batch in batches:
             self.check_stop()
             found |= self._score(batch, side.name)[0]
             sums.update(zip(batch.row_ids.tolist(), checksums(batch), strict=True))
@@ -199,10 +232,10 @@ class CacheBuilder:
         del columns["_tokens"]
         found_sums = np.array([sums[i] for i in side.sequences_of(number)], dtype=np.uint32)
         own: Columns = {SEQUENCE_STARTS: starts, CHECKSUMS: found_sums, MARK: side.mark(number)}
-        return columns | entry_starts(columns, starts) | own
+        return columns | own
 
-    def _batches(self, stream: Stream, numbers: range) -> Iterator[Batch]:
-        """The sequences of a shard, those of like length together and cut to the longest, so that little padding is scored."""
+    def _batches(self, stream: Stream, numbers: Sequence[int]) -> Iterator[Batch]:
+        """Sequences, those of a shard, say; those of like length together and cut to the longest, so that little padding is scored."""
         whole = [stream.batch([number]) for number in numbers]
         lengths = [_length(row) for row in whole]
         order = sorted(range(len(whole)), key=lambda i: (lengths[i], i))
@@ -238,7 +271,7 @@ class CacheBuilder:
                     columns["_tokens"] = np.zeros(len(logits), dtype=np.uint8)
                     parts.append(columns | (_for_evaluation(logits, next_tokens[rows]) if held_out else {}))
                 at += count
-                found[number] = join(parts) if parts else self._nothing(targets.hidden, side)
+                found[number] = kind.pack(join(parts) if parts else self._nothing(targets.hidden, side))
         return found, masses
 
     def _score_listed(self, batch: Batch, rows: SparseRows, side: str) -> tuple[dict[int, Columns], list[Tensor]]:
@@ -254,7 +287,7 @@ class CacheBuilder:
             columns |= {name: (values.int() if name == "top_id" else values).cpu().numpy() for name, values in about.items()}
         ends = np.cumsum(loss_mask(batch.labels).sum(-1).tolist())
         parts = {name: np.split(column, ends[:-1]) for name, column in columns.items()}
-        found = {number: {name: part[i] for name, part in parts.items()} for i, number in enumerate(batch.row_ids.tolist())}
+        found = {number: kind.pack({name: part[i] for name, part in parts.items()}) for i, number in enumerate(batch.row_ids.tolist())}
         return found, [rows.log_probs[:, : kind.config.k].exp().sum(-1).cpu()]
 
     def _nothing(self, hidden: Tensor, side: str) -> Columns:
@@ -276,6 +309,10 @@ def _for_evaluation(logits: Tensor, targets: Tensor) -> Columns:
         "exact_entropy": entropy(log_probs.exp()).float(),
     }
     return {name: values.cpu().numpy() for name, values in columns.items()}
+
+
+def _unanswered(asked: Iterable[tuple[Work, list[Future[Any]]]]) -> int:
+    return sum(not future.done() for _, futures in asked for future in futures)
 
 
 def _write_shard(folder: Path, columns: Columns) -> None:

@@ -6,7 +6,8 @@
       train/shard-00000/    starts.npy, head_ids.npy, …, MANIFEST.json with checksums
       held_out/shard-00000/
 
-Arrays are addressed by the number of a sequence and the place of a token among its supervised ones; nothing depends on batches.
+Arrays are addressed by the number of a sequence and the place of a token among its supervised ones; nothing depends on batches. Some
+columns have a row for each token; in others numbers are packed (`bit_packing.py`), and every sequence begins at a byte.
 
 Axes: T supervised tokens of a shard, k entries of a token, V vocabulary, H hidden.
 """
@@ -14,9 +15,8 @@ Axes: T supervised tokens of a shard, k entries of a token, V vocabulary, H hidd
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..errors import CacheError
 from ..storage import verify_folder, write_array
+from .bit_packing import packed_bytes, unpack
 
 Columns = dict[str, np.ndarray]
 SEQUENCE_STARTS = "starts"
@@ -33,8 +34,9 @@ MARK = "mark"
 """Columns that every shard has: `(sequences + 1,)` int64, where each one's tokens begin; `(sequences,)` uint32, of its tokens;
 `(32,)` uint8, SHA-256 of which shard of which cache it is."""
 
-TOKENS_AT_ONCE = 2**18
-"""Tokens that are looked through at a time when a shard is opened."""
+
+Place = tuple["Shard", int]
+"""A sequence: its shard, and its number there."""
 
 
 def shard_folder(cache: Path, side: str, number: int) -> Path:
@@ -54,6 +56,7 @@ class Shard:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._columns: Columns = {}
+        self._starts: dict[str, list[int]] = {}
         self.starts, self.checksums = self[SEQUENCE_STARTS], self[CHECKSUMS]
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -61,12 +64,22 @@ class Shard:
             self._columns[name] = self._load(name)
         return self._columns[name]
 
-    def __contains__(self, name: str) -> bool:
-        return (self.folder / f"{name}.npy").exists()
+    @property
+    def num_tokens(self) -> int:
+        """Supervised ones."""
+        return int(self.starts[-1])
 
-    def tokens(self, sequence: int) -> slice:
-        """The tokens of a sequence, by its number within the shard."""
-        return slice(int(self.starts[sequence]), int(self.starts[sequence + 1]))
+    @property
+    def tokens_of_each(self) -> np.ndarray:
+        """`(sequences,)` int64."""
+        return np.diff(self.starts)
+
+    def part(self, name: str, sequence: int) -> np.ndarray:
+        """What a column that was checked holds of a sequence, by its number within the shard: a row for each token, or bytes."""
+        starts = self._starts[name]
+        return self._columns[name][starts[sequence] : starts[sequence + 1]]
+
+    # ------------------------------------------------------------------------------------------- whether the columns fit together
 
     def check_counts(self, sequences: int) -> None:
         """Whether every sequence has its place.
@@ -75,15 +88,20 @@ class Shard:
             CacheError: it has not.
         """
         self.check_column(CHECKSUMS, (sequences,), np.uint32)
-        self.check_starts(SEQUENCE_STARTS, sequences)
-
-    def check_starts(self, name: str, sequences: int) -> int:
-        """The same for a column that says where something begins; gives the end of the last."""
-        self.check_column(name, (sequences + 1,), np.int64)
-        starts = self[name]
+        starts = self.check_column(SEQUENCE_STARTS, (sequences + 1,), np.int64)
         if starts[0] != 0 or (np.diff(starts) < 0).any():
-            raise self.wrong(name, "does not begin at 0 and rise")
-        return int(starts[-1])
+            raise self.wrong(SEQUENCE_STARTS, "does not begin at 0 and rise")
+
+    def check_rows(self, name: str, dtype: type, width: int | None = None) -> None:
+        """A column with a number for each token, or with `width` of them."""
+        self.check_column(name, (self.num_tokens,) if width is None else (self.num_tokens, width), dtype)
+        self._starts[name] = self.starts.tolist()
+
+    def check_packed(self, name: str, counts: np.ndarray, width: int) -> None:
+        """A column with `counts` packed numbers of each sequence."""
+        starts = [0, *np.cumsum(packed_bytes(counts, width)).tolist()]
+        self.check_column(name, (starts[-1],), np.uint8)
+        self._starts[name] = starts
 
     def check_column(self, name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
         """A column that has to look like this.
@@ -100,17 +118,56 @@ class Shard:
         """A column that holds what no builder writes, under a checksum that fits."""
         return CacheError(str(self.folder), f"{name} {what}", "Delete this folder and build the cache again: only it is made anew.")
 
-    def blocks(self) -> Iterator[slice]:
-        """Runs of sequences of about TOKENS_AT_ONCE tokens."""
-        cuts = [0, *np.flatnonzero(np.diff(self.starts[:-1] // TOKENS_AT_ONCE)) + 1, len(self.checksums)]
-        return (slice(int(start), int(stop)) for start, stop in pairwise(cuts))
-
     def _load(self, name: str) -> np.ndarray:
         file = self.folder / f"{name}.npy"
         try:
-            return np.load(file, mmap_mode="r", allow_pickle=False)
+            return np.asarray(np.load(file, mmap_mode="r", allow_pickle=False))  # a slice of a memmap takes three times as long
         except Exception as error:  # NumPy reads a header as Python's own text, and fails in as many ways
             raise CacheError(str(file), f"cannot be read ({error})", "Build the cache again: only what is damaged is made anew.") from error
+
+
+class Reading:
+    """What is read of some sequences, which may lie in several shards: each column put together once for all of them.
+
+    Args:
+        places: The sequences, in the order in which their tokens follow each other.
+    """
+
+    def __init__(self, places: list[Place]) -> None:
+        self.places = places
+        self.tokens_of_each = np.array([shard.starts[number + 1] - shard.starts[number] for shard, number in places], dtype=np.int64)
+        self.num_tokens = int(self.tokens_of_each.sum())
+
+    def rows(self, name: str) -> np.ndarray:
+        """A column with a row for each token, as a copy."""
+        return np.concatenate([shard.part(name, number) for shard, number in self.places])
+
+    def packed(self, name: str, counts: np.ndarray, width: int) -> np.ndarray:
+        """A column with `counts` packed numbers of each sequence: int64."""
+        return unpack([shard.part(name, number) for shard, number in self.places], counts, width)
+
+    def of_sequences(self, name: str) -> np.ndarray:
+        """A column with a number for each sequence: int64."""
+        return np.array([shard[name][number] for shard, number in self.places], dtype=np.int64)
+
+    def check(self, good: np.ndarray, name: str, what: Callable[[int], str]) -> None:
+        """Whether what was read of every token is `good`; targets that are not are never given out.
+
+        Raises:
+            CacheError: it is not; `what` describes the first such token.
+        """
+        if not good.all():
+            token = int(np.argmin(good))
+            raise self.shard_of(token).wrong(name, what(token))
+
+    def check_sequences(self, good: np.ndarray, name: str, what: str) -> None:
+        """The same for what was read of every sequence."""
+        if not good.all():
+            raise self.places[int(np.argmin(good))][0].wrong(name, what)
+
+    def shard_of(self, token: int) -> Shard:
+        """Where one of the tokens lies."""
+        return self.places[int(np.searchsorted(np.cumsum(self.tokens_of_each), token, side="right"))][0]
 
 
 @dataclass
@@ -123,7 +180,7 @@ class Side:
         num_sequences: Of the side.
         shard_sequences: Of each shard but the last.
         identity: Digest of what the cache is of.
-        check: Called with each shard that is opened; raises when its content is impossible.
+        check: Called with each shard that is opened; raises when its columns are not those of the kind.
     """
 
     cache: Path
@@ -156,10 +213,10 @@ class Side:
         text = f"{self.identity} {self.name} {sequences.start} {sequences.stop}"
         return np.frombuffer(hashlib.sha256(text.encode()).digest(), dtype=np.uint8)
 
-    def damaged(self) -> dict[int, str]:
-        """Shard -> what is wrong with it, for those that cannot be used."""
+    def damaged(self, shards: Iterable[int] | None = None) -> dict[int, str]:
+        """Shard -> what is wrong with it, for those that cannot be used: of all shards, or of these; every byte is read."""
         problems = {}
-        for number in range(self.num_shards):
+        for number in range(self.num_shards) if shards is None else shards:
             folder = self.folder(number)
             if found := (verify_folder(folder) if folder.exists() else ["missing"]):
                 problems[number] = found[0]
@@ -173,7 +230,7 @@ class Side:
         except Exception:  # as in Shard._load
             return False
 
-    def locate(self, sequence: int) -> tuple[Shard, int]:
+    def locate(self, sequence: int) -> Place:
         """The shard of a sequence, and its number there."""
         number, place = divmod(sequence, self.shard_sequences)
         if number not in self._shards:
@@ -182,26 +239,6 @@ class Side:
             self.check(shard)
             self._shards[number] = shard
         return self._shards[number], place
-
-
-# ---------------------------------------------------------------------------------------------------------------- token numbers
-
-
-def pack_ids(name: str, ids: Tensor, vocab_size: int) -> Columns:
-    """Token numbers in two bytes each, and a third where the vocabulary needs it."""
-    values = ids.cpu().numpy()
-    columns = {name: (values & 0xFFFF).astype(np.uint16)}
-    if vocab_size > 2**16:
-        columns[f"{name}_high"] = (values >> 16).astype(np.uint8)
-    return columns
-
-
-def unpack_ids(shard: Shard, name: str, entries: slice) -> Tensor:
-    """What `pack_ids` took: int64."""
-    values = shard[name][entries].astype(np.int64)
-    if f"{name}_high" in shard:
-        values |= shard[f"{name}_high"][entries].astype(np.int64) << 16
-    return torch.from_numpy(values)
 
 
 # ----------------------------------------------------------------------------------------------------------- tensors of any dtype
@@ -214,8 +251,8 @@ def to_array(tensor: Tensor) -> np.ndarray:
 
 
 def to_tensor(array: np.ndarray) -> Tensor:
-    """What `to_array` took, copied out of the file."""
-    tensor = torch.from_numpy(np.array(array))
+    """What `to_array` took; shares its memory."""
+    tensor = torch.from_numpy(array)
     return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
 
 

@@ -9,21 +9,20 @@ from typing import Any
 
 from ..config import CacheConfig
 from ..errors import CacheError, Problem
-from ..storage import atomic_write_text
+from ..storage import atomic_write_text, read_regular
 
 DESCRIPTION = "cache.json"
-FORMAT = 1
+FORMAT = 2
 
 
-def identity(config: CacheConfig, *, data: dict[str, Any], tokenizer: str, weights: str, dtype: str, precision: str) -> dict[str, Any]:
+def identity(config: CacheConfig, *, data: dict[str, Any], tokenizer: str, teacher: dict[str, Any], precision: str) -> dict[str, Any]:
     """Everything that the targets depend on, as nested JSON values.
 
     Args:
         config: What is kept of the distribution.
         data: `PreparedData.fingerprint_parts`: sources and their rows, rendering with the chat template, length and packing.
         tokenizer: Its fingerprint.
-        weights: The teacher's fingerprint, over every weight.
-        dtype: The teacher's.
+        teacher: What it is: the fingerprint of its weights, their dtype, and the rest of what it computes with.
         precision: Of its forward passes: shards of one cache are scored alike.
     """
     matters = {"sampled": ["k", "sampling", "seed"], "topk": ["k", "tail"], "full": [], "hidden": []}[config.kind]
@@ -32,7 +31,7 @@ def identity(config: CacheConfig, *, data: dict[str, Any], tokenizer: str, weigh
     return {
         "format": FORMAT,
         "cache": {"kind": config.kind, **{name: getattr(config, name) for name in matters}},
-        "teacher": {"weights": weights, "dtype": dtype},
+        "teacher": teacher,
         "scoring": {"precision": precision},
         "tokenizer": tokenizer,
         "data": data,
@@ -57,7 +56,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     """
     file = folder / DESCRIPTION
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(read_regular(file))
         known = found["identity"]["format"]
     except FileNotFoundError as error:
         raise CacheError(str(folder), "no cache of teacher targets", "Build it: python -m mini_distill.cache cache.dir=….") from error

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,15 +24,17 @@ from ..errors import ConfigError
 from ..losses.linear import TeacherRows
 from ..losses.sparse import SampledRows, TopKRows
 from ..models.head import OutputHead
-from .cache_files import Columns, Shard, pack_ids, to_array, to_tensor, unpack_ids
+from .bit_packing import bits_for, pack, pack_rising, rising_bytes, unpack_rising
+from .cache_files import Columns, Reading, Shard, to_array, to_tensor
 from .sampling import draw, level_table, threshold_sample, to_levels
 from .targets import DenseTargets
 
 SMALLEST_SAMPLED = 1e-6  # weight of a single draw that importance weights can make
-Place = tuple[Shard, int]
-"""A sequence: its shard, and its number there."""
+LEAST = -50.0
+"""What is less likely in a list is taken for that likely: it would swamp the rest, whose levels lie between the two ends."""
 
 ENTRIES = ("head", "tail")  # streams whose number of entries differs from token to token
+FLOATS = (np.uint16, np.float16, np.float32, np.float64)  # types of hidden states, bfloat16 first
 
 
 class Kind(ABC):
@@ -50,13 +53,23 @@ class Kind(ABC):
             generator: Decides what is drawn.
         """
 
-    @abstractmethod
-    def decode(self, parts: list[Place], device: torch.device) -> TeacherRows:
-        """The targets of some sequences, one after the other."""
+    def pack(self, columns: Columns) -> Columns:
+        """The columns of a whole sequence as they are written: numbers in as few bits as they need."""
+        return columns
 
     @abstractmethod
     def check(self, shard: Shard) -> None:
-        """Look at the whole content of a shard, once: whatever wrote it, what cannot be a distribution is not trained on.
+        """Whether a shard has the columns of this kind; what they hold is looked at when it is read.
+
+        Raises:
+            CacheError: a column that is missing, or of another length or type.
+        """
+
+    @abstractmethod
+    def decode(self, reading: Reading, device: torch.device) -> TeacherRows:
+        """The targets of some sequences, one after the other. Whatever wrote them, what cannot be a distribution is not given out.
+
+        In numpy, which computes in the thread that asks; torch would start as many threads again as the training has.
 
         Raises:
             CacheError: counts that do not match, token numbers beyond the vocabulary, numbers that are not finite, mass above 1.
@@ -95,15 +108,23 @@ class Sampled(Kind):
 
     def __init__(self, config: CacheConfig, vocab_size: int) -> None:
         super().__init__(config, vocab_size)
-        threshold = config.sampling == "threshold"
+        threshold, importance = config.sampling == "threshold", config.proposal != 1
         largest = vocab_size ** abs(1 - config.proposal)  # of importance weights: p^(1-a) · Σ p^a
-        self.table = level_table(1 / config.k) if threshold else level_table(SMALLEST_SAMPLED, largest)
-        if not threshold and config.proposal == 1:  # whole counts of draws need no rounding
-            self.table = torch.arange(256, dtype=torch.float64) / config.k
+        if threshold or importance:
+            self.table = level_table(1 / config.k) if threshold else level_table(SMALLEST_SAMPLED, largest)
+            rounding = (self.table[-1] / self.table[-2]).item()  # each weight is one of the two nearest
+        else:
+            self.table, rounding = torch.arange(config.k + 1, dtype=torch.float64) / config.k, 1.0  # whole counts of draws
+        self.most = self.table[-1].item() * rounding + 1e-3  # of the mass of a head
         self.entropy_table = torch.linspace(0, math.log(vocab_size), 256, dtype=torch.float64)
+        self.count_bits = {"head": bits_for(config.k), "tail": bits_for(config.k) if threshold else 0}
+        self.id_bits, self.level_bits = bits_for(vocab_size - 1), bits_for(len(self.table) - 1)
+        self.weights = np.full(2**self.level_bits, np.inf)  # by level; of those that no builder writes the mass is impossible
+        self.weights[: len(self.table)] = self.table.numpy()
+        self.entropies = self.entropy_table.float().numpy()
 
     def encode(self, logits: Tensor, hidden: Tensor, generator: torch.Generator) -> Columns:
-        """Token numbers, weights in a byte each, and the entropy in a byte."""
+        """Token numbers, weights and the entropy, these as places in their tables."""
         log_probs = torch.log_softmax(logits if self.config.temperature == 1 else logits / self.config.temperature, -1)
         probs = log_probs.exp()
         entropies = -(probs * log_probs.clamp(min=-1e30)).sum(-1)  # in float32: it is kept in a byte
@@ -112,64 +133,66 @@ class Sampled(Kind):
         else:
             entries = draw(probs, self.config.k, self.config.proposal, generator)
         return {
-            "head_counts": _bytes(entries.head_counts),
-            "tail_counts": _bytes(entries.tail_counts),
-            **pack_ids("head_ids", entries.head_ids, self.vocab_size),
-            **pack_ids("tail_ids", entries.tail_ids, self.vocab_size),
-            "head_levels": to_levels(entries.head_weights.cpu(), self.table, generator).numpy(),
-            "entropy": to_levels(entropies.cpu(), self.entropy_table, generator).numpy(),
+            "head_counts": to_array(entries.head_counts),
+            "tail_counts": to_array(entries.tail_counts),
+            "head_ids": to_array(entries.head_ids),
+            "tail_ids": to_array(entries.tail_ids),
+            "head_levels": to_array(to_levels(entries.head_weights.cpu(), self.table, generator)),
+            "entropy": to_array(to_levels(entropies.cpu(), self.entropy_table, generator)),
         }
 
-    def decode(self, parts: list[Place], device: torch.device) -> SparseTargets:
-        """Head and tail entries, put together token by token."""
-        each = [self._decode(shard, sequence) for shard, sequence in parts]
-        counts = torch.cat([part[0] for part in each])
-        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        ids, weights, entropies = (torch.cat([part[i] for part in each]) for i in (1, 2, 3))
-        return SparseTargets(SampledRows(offsets, ids, weights, entropies).to(device))
-
-    def _decode(self, shard: Shard, sequence: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Entries per token, ids, weights and entropies of one sequence."""
-        tokens = shard.tokens(sequence)
-        head_counts, tail_counts = (torch.from_numpy(shard[f"{name}_counts"][tokens].astype(np.int64)) for name in ENTRIES)
-        entries = [slice(int(shard[f"{name}_starts"][sequence]), int(shard[f"{name}_starts"][sequence + 1])) for name in ENTRIES]
-        head_ids, tail_ids = (unpack_ids(shard, f"{name}_ids", part) for name, part in zip(ENTRIES, entries, strict=True))
-        head_weights = self.table[torch.from_numpy(shard["head_levels"][entries[0]].astype(np.int64))]
-        number = torch.arange(len(head_counts))
-        head_tokens, tail_tokens = number.repeat_interleave(head_counts), number.repeat_interleave(tail_counts)
-        left = 1 - head_weights.new_zeros(len(number)).index_add(0, head_tokens, head_weights)
-        tail_weights = (left / tail_counts.clamp(min=1))[tail_tokens]  # seldom a little below 0, which keeps their mean right
-        order = torch.cat([head_tokens, tail_tokens]).argsort(stable=True)
-        ids, weights = torch.cat([head_ids, tail_ids])[order], torch.cat([head_weights, tail_weights])[order]
-        entropies = self.entropy_table[torch.from_numpy(shard["entropy"][tokens].astype(np.int64))]
-        return head_counts + tail_counts, ids, weights.float(), entropies.float()
+    def pack(self, columns: Columns) -> Columns:
+        """All but the entropy; and how many entries there are."""
+        packed = {"entropy": columns["entropy"], "head_levels": pack(columns["head_levels"], self.level_bits)}
+        for name in ENTRIES:
+            packed[f"{name}_counts"] = pack(columns[f"{name}_counts"], self.count_bits[name])
+            packed[f"{name}_ids"] = pack(columns[f"{name}_ids"], self.id_bits)
+            packed[f"{name}_entries"] = np.array([len(columns[f"{name}_ids"])], dtype=np.uint32)
+        return columns | packed
 
     def check(self, shard: Shard) -> None:
-        """Every token has entries, and their weights are those of a distribution."""
-        sequences, tokens = len(shard.checksums), int(shard.starts[-1])
-        shard.check_column("entropy", (tokens,), np.uint8)
+        """A byte for each token, and packed numbers of tokens and of entries."""
+        shard.check_rows("entropy", np.uint8)
+        entries = {name: shard.check_column(f"{name}_entries", shard.checksums.shape, np.uint32) for name in ENTRIES}
         for name in ENTRIES:
-            shard.check_column(f"{name}_counts", (tokens,), np.uint8)
-            check_ids(shard, f"{name}_ids", (shard.check_starts(f"{name}_starts", sequences),), self.vocab_size)
-        shard.check_column("head_levels", shard["head_ids"].shape, np.uint8)
-        importance = self.config.sampling == "draws" and self.config.proposal != 1
-        most = self.table[-1].item() if importance else 1.0
-        most *= (self.table[-1] / self.table[-2]).item() + 1e-3  # each weight was rounded to one of two levels
-        for block in shard.blocks():
-            at = slice(int(shard.starts[block.start]), int(shard.starts[block.stop]))
-            ends = {}
-            for name in ENTRIES:
-                ends[name] = np.concatenate([[0], np.cumsum(shard[f"{name}_counts"][at], dtype=np.int64)])
-                wanted = shard[f"{name}_starts"][block.start : block.stop + 1]
-                if not np.array_equal(ends[name][shard.starts[block.start : block.stop + 1] - at.start] + wanted[0], wanted):
-                    raise shard.wrong(f"{name}_counts", "do not match where the entries of each sequence begin")
-            if (np.diff(ends["head"]) + np.diff(ends["tail"]) == 0).any():
-                raise shard.wrong("head_counts", "and tail_counts are 0 for some token")
-            first = shard["head_starts"][block.start]
-            levels = shard["head_levels"][first : first + ends["head"][-1]]
-            mass = np.diff(np.concatenate([[0.0], np.cumsum(self.table.numpy()[levels])])[ends["head"]])
-            if (mass > most).any():
-                raise shard.wrong("head_levels", f"give a token a mass of {mass.max():.4g}, expected at most {most:.4g}")
+            shard.check_packed(f"{name}_counts", shard.tokens_of_each, self.count_bits[name])
+            shard.check_packed(f"{name}_ids", entries[name], self.id_bits)
+        shard.check_packed("head_levels", entries["head"], self.level_bits)
+
+    def decode(self, reading: Reading, device: torch.device) -> SparseTargets:
+        """Head and tail entries, put together token by token: those of the head first."""
+        entries = {name: reading.of_sequences(f"{name}_entries") for name in ENTRIES}
+        heads, tails = (self._counts(reading, name, entries[name]) for name in ENTRIES)  # of each token
+        reading.check(heads + tails > 0, "head_counts", lambda _: "and tail_counts are 0 for some token")
+        in_head, in_tail = (np.repeat(np.arange(reading.num_tokens), counts) for counts in (heads, tails))  # the token of each entry
+        head_weights = self.weights[reading.packed("head_levels", entries["head"], self.level_bits)]
+        mass = np.bincount(in_head, head_weights, reading.num_tokens)
+        reading.check(
+            mass <= self.most, "head_levels", lambda token: f"give a token a mass of {mass[token]:.4g}, expected at most {self.most:.4g}"
+        )
+        shares = (1 - mass) / np.maximum(tails, 1)  # seldom a little below 0, which keeps their mean right
+
+        head_ends, ends = np.cumsum(heads), np.cumsum(heads + tails)
+        at_head = np.arange(len(in_head)) + (ends - head_ends - tails)[in_head]
+        at_tail = np.arange(len(in_tail)) + head_ends[in_tail]
+        ids, weights = np.empty(len(in_head) + len(in_tail), np.int64), np.empty(len(in_head) + len(in_tail), np.float32)
+        ids[at_head], weights[at_head] = self._ids(reading, "head_ids", entries["head"], in_head), head_weights
+        ids[at_tail], weights[at_tail] = self._ids(reading, "tail_ids", entries["tail"], in_tail), shares[in_tail]
+        entropies = self.entropies[reading.rows("entropy")]
+        return SparseTargets(SampledRows(*map(torch.from_numpy, (np.append(0, ends), ids, weights, entropies))).to(device))
+
+    def _counts(self, reading: Reading, name: str, entries: np.ndarray) -> np.ndarray:
+        """Entries of each token; they are those of the sequence."""
+        counts = reading.packed(f"{name}_counts", reading.tokens_of_each, self.count_bits[name])
+        ends = np.append(0, np.cumsum(counts))[np.append(0, np.cumsum(reading.tokens_of_each))]
+        reading.check_sequences(np.diff(ends) == entries, f"{name}_counts", "do not match the entries of each sequence")
+        return counts
+
+    def _ids(self, reading: Reading, name: str, entries: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Token numbers, which are those of the vocabulary; `tokens` says whose they are."""
+        ids = reading.packed(name, entries, self.id_bits)
+        check_ids(reading, name, ids, self.vocab_size, lambda place: int(tokens[place]))
+        return ids
 
     def captured_mass(self, probs: Tensor) -> Tensor:
         """What is above the threshold; of independent draws nothing is certain, so what a draw would miss is left out."""
@@ -187,6 +210,7 @@ class TopK(Kind):
         super().__init__(config, vocab_size)
         if config.k > vocab_size:
             raise ConfigError("cache.k", f"got {config.k}, expected at most the {vocab_size} tokens of the vocabulary")
+        self.id_bits = bits_for(vocab_size - 1)
 
     def encode(self, logits: Tensor, hidden: Tensor, generator: torch.Generator) -> Columns:
         """See `encode_rows`."""
@@ -195,51 +219,56 @@ class TopK(Kind):
         return self.encode_rows(TopKRows(ids, top, log_probs.exp().scatter(-1, ids, 0.0).sum(-1), spread=False))
 
     def encode_rows(self, rows: TopKRows) -> Columns:
-        """Token numbers, levels, the two ends of the levels and the mass of the tail, of at least k tokens in descending order."""
-        top, ids = rows.log_probs[:, : self.config.k], rows.ids[:, : self.config.k]
+        """Of at least k tokens, the most likely first: numbers, levels, the two ends of the levels and the mass of the tail."""
+        top, ids = rows.log_probs[:, : self.config.k].clamp(min=LEAST), rows.ids[:, : self.config.k]
         tail = rows.tail + rows.log_probs[:, self.config.k :].exp().sum(-1)
         ends = top[:, [0, -1]].half()
         first, last = ends.float().unbind(-1)
-        levels = ((first[:, None] - top) / (first - last).clamp(min=1e-6)[:, None] * 255).round().clamp(0, 255)
+        levels = ((first[:, None] - top) / (first - last).clamp(min=1e-6)[:, None] * 255).round().clamp(0, 255)  # from 0 on, rising
         return {
-            **pack_ids("ids", ids, self.vocab_size),
-            "levels": levels.to(torch.uint8).cpu().numpy(),
+            "ids": to_array(ids),
+            "levels": pack_rising(to_array(levels.to(torch.uint8))),
             "ends": to_array(ends),
-            "tail": to_array(tail.float()),
+            "log_tail": to_array(tail.clamp(max=1.0).log().half()),  # its logarithm is what a tiny tail matters by; -inf: no tail
         }
 
-    def decode(self, parts: list[Place], device: torch.device) -> SparseTargets:
-        """Ids, log-probabilities and tails."""
-        each = [self._decode(shard, shard.tokens(sequence)) for shard, sequence in parts]
-        ids, log_probs, tail = (torch.cat([part[i] for part in each]) for i in range(3))
-        return SparseTargets(TopKRows(ids, log_probs, tail, self.config.tail == "spread").to(device))
-
-    def _decode(self, shard: Shard, tokens: slice) -> tuple[Tensor, Tensor, Tensor]:
-        first, last = torch.from_numpy(shard["ends"][tokens].astype(np.float32)).unbind(-1)
-        levels = torch.from_numpy(shard["levels"][tokens].astype(np.float32))
-        log_probs = first[:, None] - levels / 255 * (first - last)[:, None]
-        return unpack_ids(shard, "ids", tokens), log_probs, torch.from_numpy(np.array(shard["tail"][tokens]))
+    def pack(self, columns: Columns) -> Columns:
+        """The token numbers."""
+        return columns | {"ids": pack(columns["ids"].reshape(-1), self.id_bits)}
 
     def check(self, shard: Shard) -> None:
-        """Finite, and of no more mass than 1 but for rounding."""
-        tokens, k = int(shard.starts[-1]), self.config.k
-        check_ids(shard, "ids", (tokens, k), self.vocab_size)
-        shard.check_column("levels", (tokens, k), np.uint8)
-        shard.check_column("ends", (tokens, 2), np.float16)
-        shard.check_column("tail", (tokens,), np.float32)
-        for block in shard.blocks():
-            at = slice(int(shard.starts[block.start]), int(shard.starts[block.stop]))
-            first, last = shard["ends"][at].astype(np.float32).T
-            tail = shard["tail"][at]
-            if not (np.isfinite(first) & np.isfinite(last) & np.isfinite(tail)).all():
-                raise shard.wrong("ends", "or tail holds numbers that are not finite")
-            if (first > 0).any() or (last > first).any() or (tail < 0).any():
-                raise shard.wrong("ends", "or tail are not those of probabilities in descending order")
-            log_probs = first[:, None] - shard["levels"][at].astype(np.float32) / 255 * (first - last)[:, None]
-            mass = np.exp(log_probs).sum(-1) + tail
-            most = np.exp((first - last) / 510 - last * 2**-10) + 1e-3  # half a level, and the rounding of the ends
-            if (mass > most).any():
-                raise shard.wrong("levels", f"give a token a mass of {mass[mass > most].max():.4g}")
+        """k packed numbers of each token, and what else there is of it in a row each."""
+        shard.check_packed("ids", shard.tokens_of_each * self.config.k, self.id_bits)
+        shard.check_rows("levels", np.uint8, rising_bytes(self.config.k))
+        shard.check_rows("ends", np.float16, 2)
+        shard.check_rows("log_tail", np.float16)
+
+    def decode(self, reading: Reading, device: torch.device) -> SparseTargets:
+        """Ids, log-probabilities and tails."""
+        ids = reading.packed("ids", reading.tokens_of_each * self.config.k, self.id_bits).reshape(-1, self.config.k)
+        check_ids(reading, "ids", ids, self.vocab_size, lambda place: place // self.config.k)
+        first, last = reading.rows("ends").astype(np.float32).T
+        log_tail = reading.rows("log_tail").astype(np.float32)
+        finite = np.isfinite(first) & np.isfinite(last) & ~np.isnan(log_tail)
+        reading.check(finite, "ends", lambda _: "or log_tail holds numbers that are not finite")
+        descending = (first <= 0) & (last <= first) & (log_tail <= 0)
+        reading.check(descending, "ends", lambda _: "or log_tail are not those of probabilities in descending order")
+        log_probs = self._levels(reading).astype(np.float32)
+        log_probs *= ((last - first) / 255)[:, None]
+        log_probs += first[:, None]
+        tail = np.exp(log_tail)
+        mass = np.einsum("tk->t", np.exp(log_probs)) + tail  # a sum of short rows, quicker than sum
+        most = np.exp((first - last) / 510 - last * 2**-10) + 1e-3  # half a level, and the rounding of the ends
+        reading.check(mass <= most, "levels", lambda token: f"give a token a mass of {mass[token]:.4g}")
+        listed, values, rest = map(torch.from_numpy, (ids, log_probs, tail))
+        return SparseTargets(TopKRows(listed, values, rest, self.config.tail == "spread").to(device))
+
+    def _levels(self, reading: Reading) -> np.ndarray:
+        """`(T, k)` uint8."""
+        try:
+            return unpack_rising(reading.rows("levels"), self.config.k)
+        except ValueError as error:
+            raise reading.shard_of(error.args[0]).wrong("levels", f"are not {self.config.k} of a token") from error
 
     def captured_mass(self, probs: Tensor) -> Tensor:
         """Of the k most likely."""
@@ -253,19 +282,16 @@ class Full(Kind):
         """One column."""
         return {"log_probs": to_array(torch.log_softmax(logits / self.config.temperature, -1).bfloat16())}
 
-    def decode(self, parts: list[Place], device: torch.device) -> LogProbTargets:
-        """As logits, which log-probabilities are."""
-        rows = [to_tensor(shard["log_probs"][shard.tokens(sequence)]) for shard, sequence in parts]
-        return LogProbTargets(torch.cat(rows).to(device), self.config.temperature)
-
     def check(self, shard: Shard) -> None:
-        """Finite, with a mass of 1 but for rounding."""
-        shard.check_column("log_probs", (int(shard.starts[-1]), self.vocab_size), np.uint16)
-        rows = max(1, 2**22 // self.vocab_size)
-        for start in range(0, int(shard.starts[-1]), rows):
-            mass = to_tensor(shard["log_probs"][start : start + rows]).float().exp().sum(-1)
-            if not ((mass - 1).abs() < 0.05).all():
-                raise shard.wrong("log_probs", f"give a token a mass of {mass[~((mass - 1).abs() < 0.05)][0]:.4g}, expected 1")
+        """One column."""
+        shard.check_rows("log_probs", np.uint16, self.vocab_size)
+
+    def decode(self, reading: Reading, device: torch.device) -> LogProbTargets:
+        """As logits, which log-probabilities are; their mass is 1 but for rounding."""
+        rows = reading.rows("log_probs")
+        mass = np.concatenate([_mass(part) for part in np.array_split(rows, 1 + rows.size // 2**20)])
+        reading.check(np.abs(mass - 1) < 0.05, "log_probs", lambda token: f"give a token a mass of {mass[token]:.4g}, expected 1")
+        return LogProbTargets(to_tensor(rows).to(device), self.config.temperature)
 
 
 class Hidden(Kind):
@@ -277,50 +303,35 @@ class Hidden(Kind):
         """One column, in the dtype that the teacher gave."""
         return {"hidden": to_array(hidden)}
 
-    def decode(self, parts: list[Place], device: torch.device) -> DenseTargets:
+    def check(self, shard: Shard) -> None:
+        """Floating-point numbers, as many as the head takes."""
+        assert self.head is not None and isinstance(self.head.module, torch.nn.Linear)
+        dtype = shard["hidden"].dtype
+        shard.check_rows("hidden", dtype.type if dtype in FLOATS else np.float32, self.head.module.in_features)
+
+    def decode(self, reading: Reading, device: torch.device) -> DenseTargets:
         """The same targets that the teacher itself gives."""
         assert self.head is not None
         self.head.module.to(device)
-        rows = [to_tensor(shard["hidden"][shard.tokens(sequence)]) for shard, sequence in parts]
-        return DenseTargets(torch.cat(rows).to(device), self.head, device)
-
-    def check(self, shard: Shard) -> None:
-        """Finite, as wide as the head."""
-        assert self.head is not None and isinstance(self.head.module, torch.nn.Linear)
-        width, column = self.head.module.in_features, shard["hidden"]
-        shard.check_column("hidden", (int(shard.starts[-1]), width), column.dtype.type)
-        rows = max(1, 2**22 // width)
-        for start in range(0, len(column), rows):
-            if not to_tensor(column[start : start + rows]).isfinite().all():
-                raise shard.wrong("hidden", "holds numbers that are not finite")
+        rows = reading.rows("hidden")
+        reading.check(np.isfinite(_wide(rows)).all(1), "hidden", lambda _: "holds numbers that are not finite")
+        return DenseTargets(to_tensor(rows).to(device), self.head, device)
 
 
 KINDS: dict[str, type[Kind]] = {"sampled": Sampled, "topk": TopK, "full": Full, "hidden": Hidden}
 
 
-def entry_starts(columns: Columns, starts: np.ndarray) -> Columns:
-    """Where the entries of each sequence begin, for kinds whose tokens have different numbers of them."""
-    found = {}
-    for name in ENTRIES:
-        if f"{name}_counts" in columns:
-            ends = np.concatenate([[0], np.cumsum(columns[f"{name}_counts"], dtype=np.int64)])
-            found[f"{name}_starts"] = ends[starts]
-    return found
+def check_ids(reading: Reading, name: str, ids: np.ndarray, vocab_size: int, token_of: Callable[[int], int]) -> None:
+    """Token numbers that were read are those of the vocabulary; `token_of` says at which token of the reading one of them stands."""
+    if ids.size and ids.max() >= vocab_size:
+        raise reading.shard_of(token_of(int(ids.argmax()))).wrong(name, f"hold token {ids.max()}, and the vocabulary has {vocab_size}")
 
 
-def check_ids(shard: Shard, name: str, shape: tuple[int, ...], vocab_size: int) -> None:
-    """Token numbers that `pack_ids` wrote are those of the vocabulary."""
-    shard.check_column(name, shape, np.uint16)
-    wide = vocab_size > 2**16
-    if wide:
-        shard.check_column(f"{name}_high", shape, np.uint8)
-    for start in range(0, shape[0], 2**20):
-        ids = shard[name][start : start + 2**20].astype(np.int64)
-        if wide:
-            ids |= shard[f"{name}_high"][start : start + 2**20].astype(np.int64) << 16
-        if ids.size and ids.max() >= vocab_size:
-            raise shard.wrong(name, f"hold token {ids.max()}, and the vocabulary has {vocab_size}")
+def _wide(rows: np.ndarray) -> np.ndarray:
+    """Numbers as numpy knows them: those of bfloat16 widened."""
+    return (rows.astype(np.uint32) << 16).view(np.float32) if rows.dtype == np.uint16 else rows
 
 
-def _bytes(counts: Tensor) -> np.ndarray:
-    return counts.to(torch.uint8).cpu().numpy()
+def _mass(log_probs: np.ndarray) -> np.ndarray:
+    """Of each token."""
+    return np.exp(_wide(log_probs)).sum(1)

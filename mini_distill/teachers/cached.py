@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ from ..losses.reduction import loss_mask
 from ..losses.sparse import SampledRows, TopKRows
 from ..models.head import OutputHead
 from ..storage import verify_folder
-from .cache_files import Shard, Side, to_tensor
+from .cache_files import Reading, Shard, Side, to_tensor
 from .cache_identity import check_same, digest, read_description
-from .cache_kinds import KINDS, Full, Hidden, Kind, Place, Sampled
+from .cache_kinds import KINDS, Full, Hidden, Kind, Sampled
 
 REBUILD = "Build it again with the same command: only what is missing or damaged is made anew."
 ABOUT_TEACHER = ("target_log_prob", "top_log_prob", "top_id", "exact_entropy")
@@ -40,16 +41,23 @@ class CachedTeacher:
         wanted: The identity that the run expects, of which groups may be left out: a run without a live teacher does not know
             its weights.
         side: `train` or `held_out`.
+        look_through: Finds the shards that cannot be used: by itself, or together with other processes.
 
     Raises:
         CacheError: there is no whole cache, it is damaged, or it is one of something else.
     """
 
-    def __init__(self, folder: Path, wanted: dict[str, Any], side: str = "train") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        wanted: dict[str, Any],
+        side: str = "train",
+        look_through: Callable[[Side], dict[int, str]] = Side.damaged,
+    ) -> None:
         self.folder, self.description = folder, read_description(folder)
         check_same(self.description["identity"], wanted, folder, OTHER)
         self.side = open_side(folder, self.description, side)
-        if damaged := self.side.damaged():
+        if damaged := look_through(self.side):
             number, problem = next(iter(damaged.items()))
             also = f" (and {len(damaged) - 1} more shards)" if len(damaged) > 1 else ""
             raise CacheError(str(self.side.folder(number)), f"{problem}{also}", REBUILD)
@@ -62,7 +70,7 @@ class CachedTeacher:
         Raises:
             CacheError: a sequence is not the one that was scored.
         """
-        return self.kind.decode(self._parts(batch), batch.labels.device)
+        return self.kind.decode(self._reading(batch), batch.labels.device)
 
     def about_teacher(self, batch: Batch) -> dict[str, Tensor] | None:
         """What the teacher itself makes of held-out tokens, `(supervised,)` each; None where the targets tell it all.
@@ -71,9 +79,8 @@ class CachedTeacher:
         """
         if self.is_dense:
             return None
-        parts = self._parts(batch)
-        columns = {name: torch.cat([to_tensor(shard[name][shard.tokens(place)]) for shard, place in parts]) for name in ABOUT_TEACHER}
-        return {name: column.to(batch.labels.device) for name, column in columns.items()}
+        reading = self._reading(batch)
+        return {name: to_tensor(self._about(reading, name)).to(batch.labels.device) for name in ABOUT_TEACHER}
 
     @property
     def is_dense(self) -> bool:
@@ -90,15 +97,25 @@ class CachedTeacher:
     def _check(self, shard: Shard) -> None:
         self.kind.check(shard)
         if self.side.name == "held_out":
-            check_about_teacher(shard, self.description["vocab_size"])
+            for name in ABOUT_TEACHER:
+                shard.check_rows(name, np.int32 if name == "top_id" else np.float32)
 
-    def _parts(self, batch: Batch) -> list[Place]:
-        """Where the sequences of a batch lie; they are the ones that were scored."""
-        parts = [self.side.locate(number) for number in batch.row_ids.tolist()]
-        for row, (shard, place), number in zip(checksums(batch), parts, batch.row_ids.tolist(), strict=True):
-            if row != int(shard.checksums[place]):
+    def _about(self, reading: Reading, name: str) -> np.ndarray:
+        """One of the columns of ABOUT_TEACHER; it can be what its name says."""
+        column, vocab_size = reading.rows(name), self.description["vocab_size"]
+        low, high = (0, vocab_size - 1) if name == "top_id" else (0, np.inf) if name == "exact_entropy" else (-np.inf, 0)
+        good = (column >= low) & (column <= high) & np.isfinite(column)
+        reading.check(good, name, lambda _: "holds a number out of range")
+        return column
+
+    def _reading(self, batch: Batch) -> Reading:
+        """What there is of the sequences of a batch; they are the ones that were scored."""
+        numbers = batch.row_ids.tolist()
+        reading = Reading([self.side.locate(number) for number in numbers])
+        for checksum, (shard, place), number in zip(checksums(batch), reading.places, numbers, strict=True):
+            if checksum != shard.checksums[place]:
                 raise CacheError(str(shard.folder), f"sequence {number} is not the one that was scored", OTHER)
-        return parts
+        return reading
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -113,15 +130,6 @@ def checksums(batch: Batch) -> list[int]:
     return [zlib.crc32(b"".join(array[row, : int(length[row])].astype("<i8").tobytes() for array in arrays)) for row in range(len(batch))]
 
 
-def check_about_teacher(shard: Shard, vocab_size: int) -> None:
-    """Raises CacheError where the columns of ABOUT_TEACHER cannot be what their names say."""
-    for name in ABOUT_TEACHER:
-        column = shard.check_column(name, (int(shard.starts[-1]),), np.int32 if name == "top_id" else np.float32)
-        low, high = (0, vocab_size - 1) if name == "top_id" else (0, np.inf) if name == "exact_entropy" else (-np.inf, 0)
-        if not ((column >= low) & (column <= high) & np.isfinite(column)).all():
-            raise shard.wrong(name, "holds a number out of range")
-
-
 def open_side(folder: Path, description: dict[str, Any], side: str) -> Side:
     """The shards of a side.
 
@@ -132,6 +140,14 @@ def open_side(folder: Path, description: dict[str, Any], side: str) -> Side:
         raise CacheError(str(folder), f"no {side} side", OTHER)
     sizes = description["sides"][side]
     return Side(folder, side, sizes["sequences"], sizes["shard_sequences"], digest(description["identity"]))
+
+
+def damaged_parts(folder: Path, description: dict[str, Any]) -> dict[Path, str]:
+    """Folder -> what is wrong with it, for whatever of a cache cannot be used."""
+    sides = [open_side(folder, description, side) for side in description["sides"]]
+    problems = {side.folder(number): problem for side in sides for number, problem in side.damaged().items()}
+    besides = [folder / "tokenizer", *([folder / "head"] if description["cache"]["kind"] == "hidden" else [])]
+    return problems | {part: found[0] for part in besides if (found := verify_folder(part))}
 
 
 def kind_of_side(config: CacheConfig, side: str, vocab_size: int) -> Kind:

@@ -2,6 +2,8 @@
 
     loss = … + Σ weight · (value per token, averaged over the pairs of blocks)
 
+The relations of queries, of keys and of values are added up, as in MiniLMv2 (Wang et al. 2021, arXiv 2012.15828).
+
 The states are watched during the models' ordinary forward passes. Where the widths of hidden states differ, a learned linear map
 takes the student's to the teacher's (FitNets, Romero et al. 2015, arXiv 1412.6550; TinyBERT, Jiao et al. 2020, arXiv
 1909.10351, equation 8); it is trained and checkpointed with the student and is not part of it.
@@ -93,10 +95,10 @@ class Matching:
         for term in self.terms:
             if term.kind != "relation_kl":
                 continue
-            heads = int(term.options.get("num_relation_heads", 16))
+            heads = term.options.get("num_relation_heads", 16)
             for model in (student, teacher):
                 for width in _projection_widths(model):
-                    if heads < 1 or width % heads:
+                    if width % heads:
                         what = f"got {heads}, expected a divisor of {width}, a width of {type(model).__name__}'s queries, keys or values"
                         raise ConfigError(f"objective.terms.{term.name}.options.num_relation_heads", what, "Give a common divisor.")
 
@@ -136,7 +138,7 @@ class Matching:
             ((ours, theirs),) = states
             return getattr(attention, term.kind)(ours, theirs, **term.options)[mask]
         each = [getattr(attention, term.kind)(ours, theirs, batch.position_ids, **term.options)[mask] for ours, theirs in states]
-        return torch.stack(each).mean(0)
+        return torch.stack(each).sum(0)
 
 
 def _pairs(name: str, term: TermConfig, student_blocks: int, teacher_blocks: int) -> list[tuple[int, int]]:

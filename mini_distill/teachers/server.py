@@ -15,7 +15,7 @@ import random
 import re
 import threading
 import time
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from difflib import get_close_matches
 from email.utils import parsedate_to_datetime
@@ -34,7 +34,7 @@ from ..errors import ConfigError, ModelError
 from ..losses.reduction import IGNORE_INDEX, loss_mask
 from ..losses.sparse import TopKRows
 from ..redaction import MASK, redact_text
-from .cache_kinds import SparseTargets
+from .cache_kinds import LEAST, SparseTargets
 
 API_KEY = "MINI_DISTILL_API_KEY"
 """The only variable that is read: a key that was set for another service is not sent to this one."""
@@ -44,8 +44,8 @@ FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0
 """Seconds between tries, doubling; about two minutes in all, so that a server can be restarted."""
 
 LONGEST_RETRY_AFTER = 300.0
-IMPOSSIBLE, LEAST = -9999.0, -50.0
-"""vLLM writes -9999 for -inf. In a row, beside other tokens, what is below -50 is taken for -50: it would swamp the rest."""
+IMPOSSIBLE = -9999.0
+"""vLLM writes that for -inf."""
 
 MASS_ROUNDING = 0.01
 PADDING_MASS = 1e-3
@@ -119,7 +119,9 @@ class ServerTeacher:
     ) -> None:
         self.connection = Connection(url, num_requests, timeout, tries)
         self.k, self.vocab_size, self.num_requests = k, vocabulary_size(tokenizer), num_requests
-        self._latest: tuple[Batch, Answers] | None = None
+        self._latest: tuple[Tensor, Answers] | None = None
+        self._asked: list[tuple[Tensor, list[Future[Answers]]]] = []
+        self._pool, self._given_up = ThreadPoolExecutor(num_requests), threading.Event()
         if k > self.vocab_size:
             raise ConfigError("teacher.top_k", f"got {k}, and the vocabulary has {self.vocab_size} tokens")
         self.card = self._find_model(model)
@@ -173,26 +175,38 @@ class ServerTeacher:
             remedy = f"Set data.seq_len={self.positions - 1}, or start it with a longer --max-model-len."
             raise ConfigError("data.seq_len", what, remedy)
 
+    def ask(self, batch: Batch) -> list[Future[Answers]]:
+        """Begin to ask about each document of a batch whose targets will be wanted; nothing is waited for."""
+        futures = [self._pool.submit(self._ask, document, self._given_up) for document in prompts(batch)]
+        self._asked.append((batch.input_ids, futures))
+        return futures
+
+    def give_up(self) -> None:
+        """Ask nothing more of what was begun."""
+        self._given_up.set()  # nobody waits for its next try
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._asked, self._pool, self._given_up = [], ThreadPoolExecutor(self.num_requests), threading.Event()
+
     def _answers(self, batch: Batch) -> Answers:
         """All documents at once, put together in their order; the latest batch is not asked for twice."""
-        if self._latest is None or self._latest[0] is not batch:
-            self._latest = batch, _together(self._ask_all(prompts(batch)), self.k)
+        if self._latest is None or self._latest[0] is not batch.input_ids:
+            if not any(asked is batch.input_ids for asked, _ in self._asked):
+                self.ask(batch)
+            (futures,) = (futures for asked, futures in self._asked if asked is batch.input_ids)
+            self._latest = batch.input_ids, _together(self._wait_for(futures), self.k)
+            self._asked = [(asked, futures) for asked, futures in self._asked if asked is not batch.input_ids]
         return self._latest[1]
 
-    def _ask_all(self, documents: list[Prompt]) -> list[Answers]:
-        give_up = threading.Event()
-        with ThreadPoolExecutor(self.num_requests) as pool:
-            futures = [pool.submit(self._ask, document, give_up) for document in documents]
-            try:
-                wait(futures, return_when=FIRST_EXCEPTION)
-                for future in futures:
-                    if future.done() and (error := future.exception()) is not None:
-                        raise error
-                return [future.result() for future in futures]
-            except BaseException:
-                give_up.set()  # nobody waits for its next try
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+    def _wait_for(self, futures: list[Future[Answers]]) -> list[Answers]:
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+            for future in futures:
+                if future.done() and (error := future.exception()) is not None:
+                    raise error
+            return [future.result() for future in futures]
+        except BaseException:
+            self.give_up()
+            raise
 
     def _ask(self, document: Prompt, give_up: threading.Event | None = None, tries: int | None = None) -> Answers:
         """One document."""
@@ -233,6 +247,7 @@ class ServerTeacher:
             share = tail / (self.vocab_size - len(likely))
             others = (token for token in range(self.vocab_size) if token not in inside)
             likely += [(token, math.log(max(share, math.exp(LEAST)))) for token, _ in zip(others, range(missing), strict=False)]
+            likely.sort(key=lambda entry: -entry[1])  # their share may be more than the least of those that are listed
             tail -= missing * share
         bounded = [min(0.0, max(value, LEAST)) for _, value in likely]  # above 0 by rounding
         return [token for token, _ in likely], bounded, tail, min(0.0, max(listed[target], IMPOSSIBLE))

@@ -22,6 +22,7 @@ from ..storage import (
     atomic_folder,
     check_writable,
     free_name,
+    read_regular,
     remove_folder,
     remove_stale_temporaries,
     storage_errors,
@@ -219,7 +220,7 @@ class Checkpoints:
 
 def _read_state(path: Path) -> Checkpoint:
     """Raises OSError, ValueError, KeyError or TypeError for anything but a state that `save` wrote."""
-    content = json.loads((path / STATE).read_bytes())
+    content = json.loads(read_regular(path / STATE))
     aliases = dict(content["aliases"])
     plain_names = all(re.fullmatch(r"\w[\w.-]*", name) and isinstance(tied, dict) for name, tied in aliases.items())
     if content["format"] != FORMAT or not isinstance(content["step"], int) or not plain_names:

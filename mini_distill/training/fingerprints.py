@@ -18,11 +18,13 @@ HARMLESS = (
     "tracking",  # a copy of the metrics
     "teacher.gated",  # the wording of an error
     "teacher.cache_dir",  # where the cache lies; what it holds is compared as `cache`
+    "teacher.cache_k",  # likewise
     "teacher.url",  # where it is served; what it is is compared as `teacher`
     "teacher.num_requests",
     "teacher.timeout",
     "trainer.save_every",  # saving draws no random numbers and changes no tensor
     "trainer.keep_checkpoints",  # which of them stay
+    "trainer.stuck_after",  # when a run is given up
     "trainer.log_every",  # which steps get a row; the steps are the same
     "data.num_workers",  # the order of rows is the seed's alone
     "data.cache_dir",  # where tokenised data is kept; what it holds is compared as `data`
@@ -36,13 +38,14 @@ HARMLESS = (
 ABSENT = object()
 
 
-def compare_fingerprints(saved: Mapping[str, Any], current: Mapping[str, Any], allow: Sequence[str] = ()) -> None:
-    """Refuse to go on with a run whose settings, data, tokenizer or teacher are not what they were.
+def compare_fingerprints(saved: Mapping[str, Any], current: Mapping[str, Any], allow: Sequence[str] = (), finished: bool = False) -> None:
+    """Refuse to go on with a run whose settings, data, tokenizer, models or imported code are not what they were.
 
     Args:
         saved: Nested JSON values of the checkpoint; `config` holds the settings.
         current: The same of this command.
         allow: Keys that may differ, such as `trainer.max_steps` or `data`; a key allows all that lies below it.
+        finished: The run has no step left, in which an allowed value could be used.
 
     Raises:
         ConfigError: one problem for each key that differs, with old and new value.
@@ -55,7 +58,7 @@ def compare_fingerprints(saved: Mapping[str, Any], current: Mapping[str, Any], a
     twice = [key for key in refused if (old.get(key), new.get(key)) == (old.get(f"config.{key}", ABSENT), new.get(f"config.{key}", ABSENT))]
     refused = [key for key in refused if key not in twice]  # seq_len, say, is a setting and a property of the data
     if refused:
-        raise ConfigError.from_problems(_problem(key, old.get(key, ABSENT), new.get(key, ABSENT)) for key in refused)
+        raise ConfigError.from_problems(_problem(key, old.get(key, ABSENT), new.get(key, ABSENT), finished) for key in refused)
 
 
 def _leaves(value: Any, path: str) -> dict[str, Any]:
@@ -72,10 +75,11 @@ def _covers(name: str, key: str) -> bool:
     return key == name or key.startswith(f"{name}.")
 
 
-def _problem(key: str, old: Any, new: Any) -> Problem:
-    name = _allowable(key)
-    remedy = f"Give the old value back, add resume_allow=[{name}] to go on with the new one, or start anew with resume=never or another output_dir."
-    return Problem(key.removeprefix("config."), f"got {_shown(new)}, and the run to be resumed has {_shown(old)}", remedy)
+def _problem(key: str, old: Any, new: Any, finished: bool) -> Problem:
+    going_on = "" if finished else f" add resume_allow=[{_allowable(key)}] to go on with the new one,"
+    remedy = f"Give the old value back,{going_on} or start anew with resume=never or another output_dir."
+    run = "the run, which has finished," if finished else "the run to be resumed"
+    return Problem(key.removeprefix("config."), f"got {_shown(new)}, and {run} has {_shown(old)}", remedy)
 
 
 def _allowable(key: str) -> str:

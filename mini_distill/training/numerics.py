@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config
-from ..errors import MiniDistillError, NumericsError, OutOfMemory
+from ..errors import NumericsError, OutOfMemory
 from ..out_of_memory import is_out_of_memory, out_of_memory
 from ..teachers.targets import DenseTargets
 from .optimizer import learning_rate
@@ -72,14 +72,13 @@ def check_finite(
         what = f"{', '.join(names)} not finite (rows {_names(d, guilty)})"
     else:
         what = "loss or gradient of another process not finite"
+    d.accelerator.wait_for_everyone()  # no process ends while another still looks for its rows
     raise NumericsError(f"step {step}", f"{what}; the student was not updated", remedy)
 
 
 @contextmanager
 def memory_errors(step: int, config: Config) -> Iterator[None]:
     """An allocation that fails becomes one line with what to do. All batches have one shape, so the first step tells.
-
-    Other unexpected errors are noted with the step, which `naming_the_process` puts into their line.
 
     Raises:
         OutOfMemory: names the step and the settings that use less.
@@ -89,8 +88,6 @@ def memory_errors(step: int, config: Config) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise _out_of_memory(step, config, error) from error
-        if not isinstance(error, MiniDistillError):
-            error.add_note(f"step {step}")
         raise
 
 

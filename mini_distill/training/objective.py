@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,12 +17,14 @@ from ..config import ObjectiveConfig, TrainerConfig
 from ..contract import objective_terms
 from ..errors import ConfigError
 from ..losses import divergences
-from ..losses.catalogue import matching_parameters
+from ..losses.catalogue import FALL_AS_ONE_OVER_T, matching_parameters
 from ..losses.objective import DivergenceTerm, Objective
 from ..models.head import LanguageModel
 from ..teachers.matching import Matching
 
 TRIAL_VOCABULARY = 1024
+
+logger = logging.getLogger(__name__)
 
 
 def build_objective(config: ObjectiveConfig, trainer: TrainerConfig, on_gpu: bool) -> Objective:
@@ -51,8 +54,33 @@ def build_objective(config: ObjectiveConfig, trainer: TrainerConfig, on_gpu: boo
         further=further,
         schedules={name: {int(step): factor for step, factor in points.items()} for name, points in config.schedules.items()},
         memory_mib=config.logits_memory_mib,
-        compile=trainer.compile or (on_gpu and _has_triton()),
+        compile=_compiles(config, trainer, on_gpu),
     )
+
+
+def divergences_in_use(config: ObjectiveConfig) -> list[str]:
+    """The divergences of the loss, by name or import path, as its settings have them."""
+    main = [config.divergence] if config.kl_weight > 0 else []
+    kinds = [term.kind for term in objective_terms(config).values() if term.kind is not None and term.weight > 0]
+    return [*main, *(kind for kind in kinds if kind not in matching_parameters())]
+
+
+def _compiles(config: ObjectiveConfig, trainer: TrainerConfig, on_gpu: bool) -> bool:
+    """Whether the terms are compiled: as told, else where it can be expected to work and to be worth its while."""
+    if config.compile is not None:
+        return config.compile
+    terms = [(config.divergence, config.kl_weight), *((str(term.kind), term.weight) for term in objective_terms(config).values())]
+    return (trainer.compile or (on_gpu and _has_triton())) and not any("." in kind for kind, weight in terms if weight > 0)
+
+
+def warn_of_growing_gradients(config: ObjectiveConfig) -> None:
+    """Say in one line of which terms T² does not keep the gradient's size, but makes it grow with the temperature."""
+    terms = {config.divergence: (config.divergence, config.temperature, config.kl_weight)}
+    terms |= {name: (str(term.kind), term.temperature or 1.0, term.weight) for name, term in objective_terms(config).items()}
+    growing = [f"{name} (T={t:g})" for name, (kind, t, weight) in terms.items() if kind in FALL_AS_ONE_OVER_T and t != 1 and weight > 0]
+    if growing and config.scale_by_temperature_squared:
+        what = "with T² the gradient of %s grows as T, since it falls as 1/T alone; set it to false, or divide the weight by T"
+        logger.warning(f"objective.scale_by_temperature_squared: {what}", ", ".join(growing))
 
 
 def add_matching(objective: Objective, config: ObjectiveConfig, student: LanguageModel, teacher: PreTrainedModel | None, seed: int) -> None:
@@ -84,6 +112,9 @@ def load_divergence(name: str, options: Mapping[str, Any], where: str, where_opt
     try:
         value = function(student, teacher, 1.0, **options)
     except Exception as error:  # whatever it raises, it would raise in the first step
+        option, _, what = str(error).partition(": ")
+        if option in options:  # which is how those of this package begin
+            raise ConfigError(f"{where_options}.{option}", what) from error
         refused = where_options if options else where
         raise ConfigError(refused, f"{name} refuses it ({type(error).__name__}: {error})", "See its docstring.") from error
     if not isinstance(value, Tensor) or value.shape != (2,):

@@ -5,24 +5,25 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
 
 from tqdm import tqdm
 
-from ..onlooker import in_notebook, is_watched
+from ..onlooker import bar, is_watched
 
 LINES = 20  # over a whole run, where there is no terminal
 SECONDS_BETWEEN_LINES = 30.0
 SHORT = {"learning_rate": "lr", "tokens_per_second": "tokens/s"}
 LEFT_OUT = ("tokens", "seconds")
-NOTEBOOK_COLUMNS = 120  # a cell has no width to ask for
+LEAST_TELLING = ("grad_norm", "learning_rate", "tokens_per_second")  # the first to go where the line is narrow; then from the end
+LIVE = "{desc} |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 
 
 class TrainingProgress:
     """`with TrainingProgress(total, first) as progress: progress.update(step, metrics)`.
 
-    In a terminal and in a notebook a live line: step, loss terms, learning rate, tokens per second, time left. Elsewhere, as in
-    the log of a cluster job, a plain line every twentieth of the run and at least every 30 seconds.
+    In a terminal and in a notebook a live line: step, time gone and left, and of loss terms, speed, learning rate and gradient
+    what fits beside them. Elsewhere, as in the log of a cluster job, a plain line every twentieth of the run and at least every
+    30 seconds.
 
     Args:
         total_steps: The last step.
@@ -35,8 +36,7 @@ class TrainingProgress:
         self._is_main = is_main
         self._live = is_main and is_watched()
         done = first_step - 1
-        look: dict[str, Any] = {"ncols": NOTEBOOK_COLUMNS, "mininterval": 0.5} if in_notebook() else {"dynamic_ncols": True}
-        self._bar = tqdm(total=total_steps, initial=done, desc="train", unit="step", disable=not self._live, file=sys.stderr, **look)
+        self._bar = bar(total=total_steps, initial=done, desc="train", bar_format=LIVE, show=is_main)
         self._start_step, self._start_time = done, time.monotonic()
         self._said_step, self._said_time = done, self._start_time
 
@@ -49,7 +49,7 @@ class TrainingProgress:
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show that `step` is done; of `metrics`, those of `train/` and `perf/`."""
         if self._live:
-            self._bar.set_postfix_str(describe(metrics), refresh=False)
+            self._bar.set_postfix_str(describe(metrics, self._room()), refresh=False)
             self._bar.update(step - self._bar.n)
         elif self._is_main and self._is_due(step):
             self._said_step, self._said_time = step, time.monotonic()
@@ -60,6 +60,13 @@ class TrainingProgress:
         if self._is_main:
             tqdm.write(text, file=sys.stderr)
 
+    def _room(self) -> int | None:
+        """Columns beside a bar of ten; None where nobody knows how wide the line is."""
+        look = self._bar.format_dict
+        if not look["ncols"]:
+            return None
+        return int(look["ncols"]) - len(tqdm.format_meter(**{**look, "ncols": None, "postfix": None})) - len(", ")
+
     def _is_due(self, step: int) -> bool:
         many_steps = (step - self._said_step) * LINES >= self._total
         return step >= self._total or many_steps or time.monotonic() - self._said_time >= SECONDS_BETWEEN_LINES
@@ -69,11 +76,15 @@ class TrainingProgress:
         return tqdm.format_interval(pace * (self._total - step))
 
 
-def describe(metrics: Mapping[str, float]) -> str:
-    """`loss 2.31, forward_kl 0.41, ce 1.9, lr 0.001, tokens/s 5200`."""
+def describe(metrics: Mapping[str, float], room: int | None = None) -> str:
+    """`loss 2.31, forward_kl 0.41, ce 1.9, lr 0.001, tokens/s 5200`, or as much of it as fits into `room` characters."""
     shown = {key.partition("/")[2]: value for key, value in metrics.items() if key.startswith(("train/", "perf/"))}
-    return ", ".join(f"{SHORT.get(name, name)} {_number(value)}" for name, value in shown.items() if name not in LEFT_OUT)
+    digits = 4 if room is None else 3
+    parts = {name: f"{SHORT.get(name, name)} {_number(value, digits)}" for name, value in shown.items() if name not in LEFT_OUT}
+    while room is not None and parts and len(", ".join(parts.values())) > room:
+        del parts[next((name for name in LEAST_TELLING if name in parts), list(parts)[-1])]
+    return ", ".join(parts.values())
 
 
-def _number(value: float) -> str:
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+def _number(value: float, digits: int) -> str:
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import math
 import os
 import time
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +21,15 @@ import yaml
 from ..errors import MiniDistillError, Preempted, StorageError
 from ..folder_lock import LOCK, FolderLock
 from ..redaction import redact, redact_text
-from ..storage import atomic_write_text, check_writable, free_name, remove_stale_temporaries, storage_errors
+from ..storage import (
+    atomic_write_text,
+    check_writable,
+    free_name,
+    open_regular,
+    read_regular,
+    remove_stale_temporaries,
+    storage_errors,
+)
 
 JOB_LOG = "job.log"
 """What a job of a sweep printed; it is there before the run is."""
@@ -66,10 +75,11 @@ class RunFolder:
         self._resume = resume
         self._is_main = is_main
         self._needed_bytes = needed_bytes
-        self._step = 0
+        self._step = self._saved_step = 0
         self._updated = 0.0
         self._logged: set[tuple[int, str]] = set()
         self._metrics_file = -1
+        self._written = MetricsRecord()
         self._held = contextlib.ExitStack()
 
     # ------------------------------------------------------------------------------------------------------------ its life
@@ -80,7 +90,7 @@ class RunFolder:
         with contextlib.ExitStack() as held:
             self._take(held)
             remove_stale_temporaries(self.path)
-            self._step = self.status().get("step", 0)
+            self._step, self._saved_step = (self.status().get(name, 0) for name in ("step", "saved_step"))
             self._write_status("running", None)
             atomic_write_text(self.path / "config.yaml", yaml.safe_dump(redact(self._config), sort_keys=False, allow_unicode=True))
             self._open_metrics()
@@ -120,7 +130,7 @@ class RunFolder:
     # -------------------------------------------------------------------------------------------------------------- status
 
     def status(self) -> dict[str, Any]:
-        """What status.json says: state, step, exit_code, updated, pid, of a failed run the error; empty when it is missing or damaged."""
+        """What status.json says: state, step, saved_step, exit_code, updated, pid, of a failed run the error; empty when it is damaged."""
         return _read_status(self.path)
 
     def set_step(self, step: int) -> None:
@@ -128,6 +138,18 @@ class RunFolder:
         self._step = step
         if time.monotonic() - self._updated > SECONDS_BETWEEN_UPDATES:
             self._write_status("running", None)
+
+    def note_saved(self, step: int) -> None:
+        """Note that there is a checkpoint of `step`; that there is one at all is in status.json at once."""
+        is_first, self._saved_step = self._saved_step == 0, step
+        self.set_step(step)
+        if is_first:
+            self._write_status("running", None)
+
+    def fail(self, error: BaseException) -> None:
+        """Say that the run ended with `error`, where the process ends without leaving the folder."""
+        state, exit_code = _ending(error)
+        self._write_status(state, exit_code, error)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Every final number to summary.json, sorted by key; a number that is not finite becomes null."""
@@ -138,7 +160,8 @@ class RunFolder:
         if not self._is_main:
             return
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        status = {"state": state, "step": self._step, "exit_code": exit_code, "updated": now, "pid": os.getpid()}
+        steps = {"step": self._step, "saved_step": self._saved_step}
+        status = {"state": state, **steps, "exit_code": exit_code, "updated": now, "pid": os.getpid()}
         if state == "failed" and error is not None:
             status["error"] = _one_line(error)
         atomic_write_text(self.path / "status.json", json.dumps(status) + "\n")
@@ -151,11 +174,9 @@ class RunFolder:
             return
         now = datetime.now(UTC).isoformat(timespec="seconds")
         text = f"{now}, step {self._step}\n" + redact_text("".join(traceback.format_exception(error)))
-        with (
-            storage_errors(self.path / "error.log", "write"),
-            open(self.path / "error.log", "a", encoding="utf-8", errors="backslashreplace") as log,
-        ):
-            log.write(text + "\n")
+        file = self.path / "error.log"
+        with storage_errors(file, "write"), open(open_regular(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as log:
+            log.write((text + "\n").encode(errors="backslashreplace"))
 
     # ------------------------------------------------------------------------------------------------------------- metrics
 
@@ -176,6 +197,7 @@ class RunFolder:
         line = json.dumps({"step": step, **_finite(metrics)}) + "\n"
         with storage_errors(self.path / "metrics.jsonl", "write"):
             self._append(line.encode())
+        self._written.add(json.loads(line))
         self._logged |= kinds
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -186,8 +208,40 @@ class RunFolder:
         """
         file = self.path / "metrics.jsonl"
         with storage_errors(file, "read"):
-            lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+            lines = read_regular(file).split(b"\n")[:-1] if file.exists() else []
         return [_parse_row(file, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+
+    def seal_metrics(self, step: int) -> dict[str, Any]:
+        """Make the rows so far durable, and give what the checkpoint of `step` keeps of them: how many there are, and their SHA-256."""
+        with storage_errors(self.path / "metrics.jsonl", "write"):
+            os.fsync(self._metrics_file)
+        return self._written.until(step)
+
+    def check_metrics(self, step: int, sealed: Mapping[str, Any], allowed: bool = False) -> None:
+        """See that metrics.jsonl still has the rows that were sealed when `step` was saved.
+
+        Args:
+            step: The step.
+            sealed: What `seal_metrics` gave.
+            allowed: Rows that are missing cost a warning only.
+
+        Raises:
+            StorageError: a row is missing, is another, or has been added.
+        """
+        record = MetricsRecord()
+        for row in self.metrics():
+            if row["step"] <= step:
+                record.add(row)
+        there = record.until(step)
+        if there == sealed:
+            return
+        what = f"{there['rows']} rows up to step {step}, and the run had written {sealed['rows']}"
+        if there["rows"] == sealed["rows"]:
+            what = f"not the rows up to step {step} that the run had written"
+        if not allowed:
+            remedy = "Bring back a copy of the file, or add resume_allow=[metrics] to go on with what is there."
+            raise StorageError(str(self.path / "metrics.jsonl"), what, remedy)
+        logger.warning("%s: %s; the run goes on with what is there", self.path / "metrics.jsonl", what)
 
     def truncate_metrics(self, step: int | None) -> None:
         """Drop the rows beyond `step`, from which the run goes on; None: it begins anew, drop all."""
@@ -197,10 +251,13 @@ class RunFolder:
     def _open_metrics(self) -> None:
         file = self.path / "metrics.jsonl"
         with storage_errors(file, "write"):
-            self._metrics_file = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-            whole = file.read_bytes().rpartition(b"\n")
+            self._metrics_file = open_regular(file, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+            whole = read_regular(file).rpartition(b"\n")
             os.ftruncate(self._metrics_file, len(whole[0] + whole[1]))  # a row torn by a kill
-        self._logged = {(row["step"], key.partition("/")[0]) for row in self.metrics() for key in row if key != "step"}
+        self._logged, self._written = set(), MetricsRecord()
+        for row in self.metrics():
+            self._logged |= {(row["step"], key.partition("/")[0]) for key in row if key != "step"}
+            self._written.add(row)
 
     def _close_metrics(self) -> None:
         if self._metrics_file >= 0:
@@ -223,6 +280,38 @@ class RunFolder:
         self._open_metrics()
 
 
+class MetricsRecord:
+    """What the rows of a metrics.jsonl are, row after row: how many, and their SHA-256. One without numbers does not count."""
+
+    def __init__(self) -> None:
+        self._rows, self._digest = 0, hashlib.sha256()
+        self._last: list[Mapping[str, Any]] = []  # those of one step
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """The next row."""
+        if self._last and self._last[0]["step"] != row["step"]:
+            self._rows += _digested(self._last, self._digest)
+            self._last = []
+        self._last.append(row)
+
+    def until(self, step: int) -> dict[str, Any]:
+        """As JSON values. Of `step` itself what was trained counts alone: an evaluation may be made, or made again, by the run that goes on."""
+        last = [_trained(row) if row["step"] == step else row for row in self._last]
+        digest = self._digest.copy()
+        return {"rows": self._rows + _digested(last, digest), "sha256": digest.hexdigest()}
+
+
+def _trained(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key == "step" or key.startswith("train/")}
+
+
+def _digested(rows: Sequence[Mapping[str, Any]], digest: Any) -> int:
+    """How many rows have been added to a digest."""
+    lines = [json.dumps(row).encode() + b"\n" for row in rows if len(row) > 1]
+    digest.update(b"".join(lines))
+    return len(lines)
+
+
 # ------------------------------------------------------------------------------------------------------------- what is in a folder
 
 
@@ -240,7 +329,7 @@ def _is_run(path: Path) -> bool:
 
 def _read_status(path: Path) -> dict[str, Any]:
     try:
-        status = json.loads((path / "status.json").read_bytes())
+        status = json.loads(read_regular(path / "status.json"))
     except (OSError, ValueError):
         return {}
     return status if isinstance(status, dict) and isinstance(status.get("step"), int) else {}
@@ -279,7 +368,8 @@ def _parse_row(file: Path, number: int, line: bytes) -> dict[str, Any]:
             return row
     except ValueError:
         pass
-    raise StorageError(f"{file}:{number}", "not a row of metrics (expected a JSON object with a step)", "Delete this line.")
+    remedy = "Bring back a copy of the file, or delete this line and add resume_allow=[metrics]."
+    raise StorageError(f"{file}:{number}", "not a row of metrics (expected a JSON object with a step)", remedy)
 
 
 def _finite(value: Any) -> Any:

@@ -18,7 +18,7 @@ from typing import Any
 from ..config import TrackingConfig
 from ..errors import ConfigError
 from ..redaction import redact, redact_text
-from ..storage import atomic_write_text, storage_errors
+from ..storage import atomic_write_text, read_regular, storage_errors
 
 MAX_WAITING = 10_000  # rows that a slow tracker may lag behind before new ones are dropped
 SECONDS_TO_CLOSE = 30.0
@@ -204,4 +204,4 @@ def _wandb_id(run_path: Path) -> str:
     with storage_errors(file, "read"):
         if not file.exists():
             atomic_write_text(file, secrets.token_hex(4) + "\n")
-        return file.read_text().strip()
+        return read_regular(file).decode().strip()

@@ -218,7 +218,7 @@ def test_damaged_tokenised_data_is_made_again(
     rows = [{"text": f"row {i}"} for i in range(9)]
     expected = contents(prepared(rows))
     (folder,) = [file.parent for file in (tmp_path / "cache" / "tokens").glob("*/report.json")]
-    file = folder / ("MANIFEST.json" if damage == "manifest" else "train.input_ids.npy")
+    file = folder / ("MANIFEST.json" if damage == "manifest" else "train.tokens.npy")
     if damage == "delete":
         file.unlink()
     elif damage == "add":

@@ -112,6 +112,7 @@ def test_the_text_with_the_greatest_difference_comes_first_with_its_tokens(
     assert [(d["forward_kl"], d["row"]) for d in found] == [
         (pytest.approx(mean), f"rows.jsonl:{row}") for mean, row in sorted(means, reverse=True)
     ]
+    assert [(d["sequence"], d["token"]) for d in found] == [(row, 0) for _, row in sorted(means, reverse=True)]
     worst = batches[0].input_ids[max(means)[1]].tolist()
     assert "".join(token["text"] for token in found[0]["tokens"]) == tiny_tokenizer.decode(worst)
     shown = [token for token in found[0]["tokens"] if "forward_kl" in token]

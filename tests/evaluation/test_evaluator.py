@@ -158,6 +158,35 @@ def test_no_more_than_max_batches_are_read(make_evaluator: MakeEvaluator, tiny_l
     assert make_evaluator(batches, max_batches=1)(student, step=0) == first
 
 
+def test_an_evaluation_is_cut_short_after_the_batch_that_is_under_way(
+    make_evaluator: MakeEvaluator, tiny_llama: Any, batches: list[Batch]
+) -> None:
+    student, read, evaluator = tiny_llama(), [], make_evaluator(batches)
+    evaluator.batches = lambda: (read.append(batch) or batch for batch in batches)
+    evaluator.stop = lambda: len(read) > 1
+    assert evaluator(student, step=0) == {} and len(read) == 2
+
+
+def test_an_evaluation_that_another_process_cuts_short_ends_here_too(
+    make_evaluator: MakeEvaluator, tiny_llama: Any, batches: list[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hook may exchange with the others: it is called on all processes or on none."""
+    sent: list[torch.Tensor] = []
+    stopped = make_evaluator(batches, gather_sum=lambda value: sent.append(value) or value)
+    stopped.stop = lambda: True
+    assert stopped(tiny_llama(), step=0) == {} and len(sent) == 1
+    other = make_evaluator(batches, gather_sum=lambda value: value + sent[0])
+    other.hooks = [lambda context: pytest.fail("a hook was called")]
+    assert other(tiny_llama(), step=0) == {}
+
+
+def test_a_stop_between_hooks_calls_no_further_one(make_evaluator: MakeEvaluator, tiny_llama: Any, batches: list[Batch]) -> None:
+    evaluator, called = make_evaluator(batches), []
+    evaluator.stop = lambda: bool(called)
+    evaluator.hooks = [lambda context: called.append(1) or {"one": 1.0}, lambda context: pytest.fail("it was called")]
+    assert evaluator(tiny_llama(), step=0) == {} and called
+
+
 def draw() -> tuple[float, float, float]:
     return random.random(), float(np.random.rand()), float(torch.rand(()))
 

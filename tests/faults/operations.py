@@ -194,9 +194,9 @@ class Sweep:
 
         original = train_module.training_loop
 
-        def noting(d: Any, last_step: int, stop: Any) -> None:
+        def noting(d: Any, last_step: int) -> None:
             seen.write_text(str(last_step))
-            original(d, last_step, stop)
+            original(d, last_step)
 
         train_module.training_loop = noting
         self.run_once(folder)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -53,6 +56,8 @@ def test_changed_setting_is_refused_with_old_and_new_value(
 ) -> None:
     """Trainers of others took another batch size, seed or data without a word, and ignored a new learning rate."""
     folder = copy_of(undisturbed("plain"), tmp_path / "run")
+    for step in (5, 6):
+        shutil.rmtree(folder / "checkpoints" / f"step-{step:08d}")
     before = digest_run(folder)
     with pytest.raises(ConfigError) as caught:
         run(tiny_command, folder, override)
@@ -97,6 +102,139 @@ def test_changed_tokenizer_is_refused(tiny_command: list[str], tiny_teacher: Pat
         run(command, tmp_path / "run")
     assert "tokenizer" in [problem.where for problem in caught.value.problems]
     note_refused()
+
+
+@pytest.mark.parametrize(
+    ("which", "key", "value"),
+    [
+        ("teacher", "rms_norm_eps", 0.01),
+        ("teacher", "hidden_act", "gelu"),
+        ("teacher", "rope_parameters", {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}),
+        ("student", "rms_norm_eps", 0.01),
+    ],
+)
+def test_a_changed_architecture_is_refused(
+    which: str, key: str, value: object, tiny_command: list[str], tiny_teacher: Path, tmp_path: Path
+) -> None:
+    """The fingerprint was that of the weights alone: with another epsilon in config.json the run went on, and ended with other numbers."""
+    model = copy_of(tiny_teacher, tmp_path / "model")
+    own = ["student=hf", f"student.path={model}"] if which == "student" else [f"teacher.path={model}"]
+    command = [*(text for text in tiny_command if not (which == "student" and text.startswith("student"))), *own]
+    crash_before(4, command, tmp_path / "run")
+    change_config(model, key, value)
+    with pytest.raises(ConfigError) as caught:
+        run(command, tmp_path / "run")
+    lines = [str(problem) for problem in caught.value.problems]
+    assert all(line.startswith(f"{which}.config.{key}") and f"resume_allow=[{which}]" in line for line in lines), lines
+    run(command, tmp_path / "run", f"resume_allow=[{which}]")
+    note_refused()
+
+
+def change_config(model: Path, key: str, value: object) -> None:
+    settings = json.loads((model / "config.json").read_text())
+    assert settings[key] != value
+    (model / "config.json").write_text(json.dumps({**settings, key: value}))
+
+
+def test_a_model_that_moved_or_was_written_by_another_version_is_the_same(
+    tiny_command: list[str], tiny_teacher: Path, tmp_path: Path, undisturbed: Callable[[str], Path]
+) -> None:
+    crash_before(4, tiny_command, tmp_path / "run")
+    moved = copy_of(tiny_teacher, tmp_path / "moved")
+    change_config(moved, "transformers_version", "5.0.0")
+    run(tiny_command, tmp_path / "run", f"teacher.path={moved}", "resume_allow=[teacher.path]")
+    assert digest_run(tmp_path / "run") == digest_run(undisturbed("plain"))
+
+
+# ------------------------------------------------------------------------------------------------------------------ a user's own code
+
+
+DIVERGENCE = """
+from mini_distill.losses.divergences import forward_kl
+
+FACTOR = 2.0
+
+def mine(student_logits, teacher_logits, temperature):
+    return FACTOR * forward_kl(student_logits, teacher_logits, temperature)
+
+def layers(context):
+    return {"layers": context.student.config.num_hidden_layers * FACTOR}
+"""
+
+
+def write_module(folder: Path, name: str, source: str, patch: pytest.MonkeyPatch) -> None:
+    """As another process finds it that starts afresh."""
+    (folder / f"{name}.py").write_text(source)
+    patch.setattr(sys, "dont_write_bytecode", True)
+    patch.syspath_prepend(folder)
+    patch.delitem(sys.modules, name, raising=False)
+    importlib.invalidate_caches()
+
+
+@pytest.mark.parametrize("setting", ["objective.divergence=own_code.mine", "evaluation.hooks=[own_code.layers]"])
+def test_changed_code_of_the_user_is_refused(
+    setting: str, tiny_command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A divergence that was edited between the kill and the next start went on with the new formula, without a word."""
+    command = [*tiny_command, setting]
+    write_module(tmp_path, "own_code", DIVERGENCE, monkeypatch)
+    crash_before(4, command, tmp_path / "run")
+    write_module(tmp_path, "own_code", DIVERGENCE.replace("2.0", "3.0"), monkeypatch)
+    with pytest.raises(ConfigError, match=r"^code\.own_code\.\w+: got .* resume_allow=\[code\]"):
+        run(command, tmp_path / "run")
+    write_module(tmp_path, "own_code", DIVERGENCE, monkeypatch)
+    run(command, tmp_path / "run")
+    run(command, tmp_path / "undisturbed")
+    assert digest_run(tmp_path / "run") == digest_run(tmp_path / "undisturbed")
+    note_refused()
+
+
+SOURCE = """
+from mini_distill.data.row import Row
+
+class Lines:
+    def __init__(self, config):
+        pass
+    def rows(self):
+        return (Row(f"line {i}", {"text": f"line {i} of my own"}) for i in range(40))
+    def fingerprint(self):
+        return {"lines": 40}
+"""
+
+
+def test_a_changed_data_source_of_the_user_is_read_anew_and_refused(
+    tiny_command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own fingerprint need not see a change of its code: the rows tokenised by the old one were used further."""
+    command = [*(text for text in tiny_command if not text.startswith("data")), "data=jsonl", "data.path=null", "data.seq_len=32"]
+    command += ["data.source=own_source.Lines"]
+    write_module(tmp_path, "own_source", SOURCE, monkeypatch)
+    crash_before(4, command, tmp_path / "run")
+    write_module(tmp_path, "own_source", SOURCE.replace("of my own", "of yours"), monkeypatch)
+    with pytest.raises(ConfigError, match=r"^data\.code: got .* resume_allow=\[data\]"):
+        run(command, tmp_path / "run")
+    note_refused()
+
+
+def test_a_redefined_function_of_a_notebook_is_no_finished_run(
+    tiny_command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the cell with the divergence had been changed and run again, the same training said "Already finished"."""
+    cell = ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", cell)
+    exec(DIVERGENCE, cell.__dict__)
+    command = [*tiny_command, "objective.divergence=__main__.mine"]
+    run(command, tmp_path / "run")
+    exec(DIVERGENCE, cell.__dict__)  # the same cell again
+    run(command, tmp_path / "run")
+    exec(DIVERGENCE.replace("FACTOR *", "FACTOR**2 *"), cell.__dict__)
+    with pytest.raises(ConfigError, match=r"^code\.__main__\.mine: got .* and the run, which has finished, has .* resume=never") as caught:
+        run(command, tmp_path / "run")
+    assert "resume_allow" not in str(caught.value)
+    note_refused()
+
+
+# ---------------------------------------------------------------------------------------------------------------- what may change
 
 
 def test_harmless_settings_may_change(tiny_command: list[str], tmp_path: Path, undisturbed: Callable[[str], Path]) -> None:

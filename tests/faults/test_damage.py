@@ -9,6 +9,7 @@ import logging
 import os
 import random
 import shutil
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import checked, copy_of, run
+from caches import from_cache
+from runs import before_step, checked, checkpoint_steps, copy_of, fork, forks, run, status, wait
 from torch import Tensor
 
 from faults.record import record
@@ -24,8 +26,9 @@ from faults.twins import Twins, crash_before
 from mini_distill.data.order import Stream
 from mini_distill.data.prepare import prepare_data
 from mini_distill.digest import digest_run
-from mini_distill.errors import MiniDistillError, StorageError
+from mini_distill.errors import DataError, MiniDistillError, StorageError
 from mini_distill.models.loading import load_causal_lm, load_tokenizer
+from mini_distill.run import Run
 from mini_distill.storage import MANIFEST, verify_folder
 from mini_distill.teachers.cache_identity import read_description
 from mini_distill.teachers.cached import CachedTeacher
@@ -257,6 +260,64 @@ def test_what_a_killed_process_left_beside_is_in_nobodys_way(kind: str, stores: 
     record("stray temporary folders", injected=1, fired=1, exact=1)
 
 
+# ------------------------------------------------------------------------------------------------------ pipes, devices and folders
+
+
+def a_pipe(file: Path) -> None:
+    os.mkfifo(file)
+
+
+def a_device(file: Path) -> None:
+    os.symlink("/dev/zero", file)
+
+
+INSTEAD: list[Callable[[Path], None]] = [a_pipe, a_device, Path.mkdir]
+OF_A_RUN = ("metrics.jsonl", "status.json", "config.yaml", "summary.json", ".lock", "checkpoints/step-00000006/state.json")
+
+
+@forks
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("instead", INSTEAD)
+@pytest.mark.parametrize("name", OF_A_RUN)
+def test_what_is_no_file_in_place_of_a_runs_file_hangs_nobody(
+    name: str,
+    instead: Callable[[Path], None],
+    twins: Twins,
+    tmp_path: Path,
+    undisturbed: Callable[[str], Path],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A run whose metrics.jsonl was a pipe waited for ever for somebody to write into it."""
+    folder = copy_of(undisturbed("plain"), tmp_path / "run")
+    (folder / name).unlink(missing_ok=True)
+    instead(folder / name)
+    code = seconds_limited(lambda: run(twins.command("plain"), folder))
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert (code, len(lines)) in ((0, 0), (6, 1)), (code, lines)
+    assert code == 0 or (str(folder / name) in lines[0] and ("not a regular file" in lines[0] or "Is a directory" in lines[0])), lines
+    readers: list[Callable[[], object]] = [lambda: Run(folder).metrics, lambda: Run(folder).summary, lambda: Run(folder).status]
+    for reader in [*readers, lambda: digest_run(folder), lambda: Checkpoints(folder / "checkpoints", 2).newest()]:
+        assert seconds_limited(reader) in (0, 2, 6)
+    record("pipes, devices and folders instead of files", injected=1, fired=1, **{"refused" if code else "mended": 1})
+
+
+def seconds_limited(body: Callable[[], object]) -> int:
+    """How `body` ends in a process of its own, which is killed after ten seconds."""
+    child = fork(lambda: (signal.alarm(10), body()))
+    return wait(child)
+
+
+@forks
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["cache.json", "MANIFEST.json"])
+def test_a_pipe_in_place_of_a_caches_file_hangs_nobody(name: str, tiny_command: list[str], small: Path, tmp_path: Path) -> None:
+    for file in list(small.rglob(name)):
+        file.unlink()
+        os.mkfifo(file)
+    assert seconds_limited(lambda: run(from_cache(tiny_command, small), tmp_path / "run")) in (4, 5)
+    record("pipes, devices and folders instead of files", injected=1, fired=1, refused=1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------- whole runs
 
 
@@ -276,12 +337,110 @@ def test_damaged_newest_checkpoint_is_skipped_and_the_end_is_the_same(
     record("damaged newest checkpoint, the run goes on", injected=1, fired=1, exact=1)
 
 
+def cut_short(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def zeroed(file: Path) -> None:
+    with file.open("r+b") as opened:
+        opened.seek(256)
+        opened.write(bytes(file.stat().st_size - 256))
+
+
+@pytest.mark.parametrize("damage", [cut_short, zeroed])
+@pytest.mark.parametrize(("kind", "side"), [("plain", "train"), ("workers", "train"), ("evaluation", "held_out")])
+def test_tokens_that_change_while_a_run_reads_them_end_it_before_the_next_update(
+    kind: str, side: str, damage: Callable[[Path], None], twins: Twins, tmp_path: Path, undisturbed: Callable[[str], Path]
+) -> None:
+    """Half of the file was gone: zeros were trained on to the end, and the next run ended with other numbers."""
+    command = [*twins.command(kind), f"data.cache_dir={tmp_path / 'tokens'}"]
+
+    def harm() -> None:
+        (file,) = (tmp_path / "tokens").rglob(f"{side}.tokens.npy")
+        damage(file)
+
+    with before_step(2, harm), pytest.raises(DataError, match="no longer what was written") as caught:
+        run(command, tmp_path / "run")
+    assert caught.value.exit_code == 3 and len(caught.value.problems) == 1
+    assert status(tmp_path / "run")["exit_code"] == 3 and checkpoint_steps(tmp_path / "run")[-1] < 6
+    run(command, tmp_path / "run")
+    assert digest_run(tmp_path / "run") == digest_run(undisturbed(kind))
+    record("tokens changed while a run reads them", injected=1, fired=1, exact=1)
+
+
 def test_run_whose_checkpoints_are_all_damaged_is_not_silently_begun_anew(tiny_command: list[str], tmp_path: Path) -> None:
     crash_before(4, tiny_command, tmp_path / "run")
     for file in (tmp_path / "run" / "checkpoints").glob("*/model.safetensors"):
         file.write_bytes(b"")
     with pytest.raises(StorageError, match="resume=never"):
         run(tiny_command, tmp_path / "run")
+
+
+METRICS: dict[str, Callable[[list[str]], list[str] | None]] = {
+    "deleted": lambda lines: None,
+    "emptied": lambda lines: [],
+    "a row gone": lambda lines: [*lines[:2], *lines[3:]],
+    "a digit changed": lambda lines: [lines[0], lines[1].replace("0.", "1.", 1), *lines[2:]],
+    "a row twice": lambda lines: [*lines[:2], lines[1], *lines[2:]],
+}
+
+
+@pytest.mark.parametrize("damage", METRICS)
+def test_a_run_whose_rows_are_not_those_it_wrote_does_not_go_on_silently(
+    damage: str, twins: Twins, tmp_path: Path, undisturbed: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without its metrics.jsonl, or a row of it, a run went on and ended with 0, and rows were missing for ever."""
+    command, file = twins.command("plain"), tmp_path / "run" / "metrics.jsonl"
+    crash_before(5, command, tmp_path / "run")
+    whole = file.read_text()
+    changed = METRICS[damage](whole.splitlines(keepends=True))
+    file.unlink() if changed is None else file.write_text("".join(changed))
+    for _ in range(2):  # the refusal changes nothing that would let the next start pass
+        with pytest.raises(StorageError, match=r"metrics\.jsonl: .* the run had written.* resume_allow=\[metrics\]"):
+            run(command, tmp_path / "run")
+    copy = copy_of(tmp_path / "run", tmp_path / "copy")
+    with caplog.at_level(logging.WARNING):
+        run(command, copy, "resume_allow=[metrics]")
+    assert "the run goes on with what is there" in caplog.text and status(copy)["state"] == "finished"
+    file.write_text(whole)
+    run(command, tmp_path / "run")
+    assert digest_run(tmp_path / "run") == digest_run(undisturbed("plain"))
+    record("damaged metrics.jsonl", injected=1, fired=1, refused=1)
+
+
+def test_where_the_row_of_the_best_step_is_gone_its_figures_are_measured_again(twins: Twins, tmp_path: Path) -> None:
+    command = [*twins.command("evaluation"), "evaluation.best_is=highest"]  # an early step is the best
+    crash_before(6, command, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    found = run(command, tmp_path / "run", "resume_allow=[metrics]")
+    wanted = run(command, tmp_path / "undisturbed")
+    assert found["train/exported_step"] < 5 and found["eval/student_nll"] == wanted["eval/student_nll"]
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_silently_begun_anew(
+    twins: Twins, tmp_path: Path, undisturbed: Callable[[str], Path]
+) -> None:
+    """Weeks of training were begun anew at step 0, without a word."""
+    command = twins.command("plain")
+    crash_before(2, command, tmp_path / "run")  # one step has been saved, a moment ago
+    shutil.move(tmp_path / "run" / "checkpoints", tmp_path / "elsewhere")
+    with pytest.raises(StorageError, match=r"checkpoints: no checkpoint is there, and the run has saved step 1\. .*resume=never"):
+        run(command, tmp_path / "run")
+    shutil.move(tmp_path / "elsewhere", tmp_path / "run" / "checkpoints")
+    run(command, tmp_path / "run")
+    assert digest_run(tmp_path / "run") == digest_run(undisturbed("plain"))
+    record("checkpoints of a run gone", injected=1, fired=1, refused=1)
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_says_that_it_begins_anew(
+    tiny_command: list[str], tmp_path: Path, undisturbed: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    command = [*tiny_command, "trainer.save_every=null"]
+    crash_before(4, command, tmp_path / "run")
+    with caplog.at_level(logging.WARNING):
+        run(command, tmp_path / "run")
+    assert "stopped after step 3, before its first checkpoint, and begins anew" in caplog.text
+    assert digest_run(tmp_path / "run") == digest_run(undisturbed("plain"))
 
 
 @pytest.mark.parametrize("name", ["student/model.safetensors", "student/tokenizer.json", "summary.json"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -10,10 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import checked, checkpoint_steps, fork, forks, rows, run, steps_of, wait
+from runs import before_step, checked, checkpoint_steps, fork, forks, rows, run, send, steps_of, wait
 
 from faults.record import record
 from faults.twins import KINDS, Twins
+from mini_distill import folder_lock, storage
 from mini_distill.digest import digest_run
 
 KILLS_OF_A_KIND = 8
@@ -31,6 +33,27 @@ def test_killed_at_random_moments_it_ends_as_undisturbed(kind: str, twins: Twins
 @pytest.mark.parametrize("kind", KINDS)
 def test_runs_of_every_kind_killed_at_random_moments_end_as_undisturbed(kind: str, twins: Twins, tmp_path: Path) -> None:
     killed_again_and_again(kind, KILLS_OF_A_KIND, twins, tmp_path / "run", seed=1 + list(KINDS).index(kind))
+
+
+@forks
+def test_a_killed_run_goes_on_on_another_host(
+    twins: Twins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a pod that was killed and came back under another name, the lock was refused for ever."""
+    command, folder = twins.command("plain"), tmp_path / "run"
+
+    def killed_on_node7() -> None:
+        for module in (folder_lock, storage):
+            module.this_host = lambda: "node7"  # type: ignore[attr-defined]
+        with before_step(4, send(signal.SIGKILL)):
+            run(command, folder)
+
+    assert wait(fork(killed_on_node7)) == -signal.SIGKILL
+    assert json.loads((folder / folder_lock.LOCK).read_text())["host"] == "node7"
+    monkeypatch.setattr(folder_lock, "SECONDS_OF_SILENCE", 0.5)
+    run(command, folder)
+    assert "on host node7, which gave no sign of life" in caplog.text and digest_run(folder) == twins.digest("plain")
+    record("killed, and gone on with on another host", injected=1, fired=1, exact=1)
 
 
 def killed_again_and_again(kind: str, kills: int, twins: Twins, folder: Path, seed: int = 0) -> None:

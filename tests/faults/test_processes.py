@@ -1,4 +1,4 @@
-"""Data workers, ranks and trackers that die, hang or raise: everything ends soon, with a line that says what and where."""
+"""Data workers and trackers that die, hang or raise: everything ends soon, with a line that says what and where."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import before_step, checkpoint_steps, fork, forks, in_processes, run, send, status, train_module, wait
+from runs import before_step, fork, forks, run, send, wait
 
 from faults.record import record
 from faults.twins import Twins
@@ -78,61 +78,6 @@ def test_a_bad_data_worker_ends_the_run_with_the_row_and_the_run_goes_on(
     exact = digest_run(tmp_path / "run") == twins.digest("workers")
     record("data workers dead, hanging, raising", injected=1, fired=1, exact=int(exact))
     assert exact
-
-
-# ------------------------------------------------------------------------------------------------------------------------- ranks
-
-TWO = ["trainer.micro_batch_size=2", "trainer.max_steps=1000", "trainer.save_every=2"]
-
-
-def disturbed_rank(action: Callable[[], object], command: list[str], folder: Path) -> tuple[list[int], float]:
-    """How two ranks end of which the second does this in step 4; and how long the first lived on, in seconds."""
-    moment = folder.with_suffix(".moment")
-
-    def noted() -> None:
-        moment.write_text(str(time.time()))
-        action()
-
-    def body(rank: int) -> None:
-        with before_step(4, noted if rank == 1 else (lambda: None)):
-            run(command, folder, *TWO)
-
-    codes = in_processes(2, body)
-    return codes, time.time() - float(moment.read_text())
-
-
-@forks
-def test_a_killed_rank_ends_the_others_with_rank_and_step(
-    tiny_command: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    codes, seconds = disturbed_rank(send(signal.SIGKILL), tiny_command, tmp_path / "run")
-    assert codes == [8, -signal.SIGKILL] and seconds < SECONDS
-    (line,) = error_lines(capfd.readouterr().err)
-    assert line.startswith("error: rank 0, step 4: another process of the group is gone.")
-    assert checkpoint_steps(tmp_path / "run") == [2] and status(tmp_path / "run")["exit_code"] == 8
-    record("ranks killed or raising", injected=1, fired=1, ended=1)
-
-
-@forks
-def test_a_rank_that_raises_ends_the_others_with_rank_and_step(
-    tiny_command: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    original = train_module.distill_step
-
-    def body(rank: int) -> None:
-        def raising(*arguments: Any, **settings: Any) -> Any:
-            if rank == 1 and checkpoint_steps(tmp_path / "run"):
-                raise ValueError("a bug of the user's")
-            return original(*arguments, **settings)
-
-        train_module.distill_step = raising
-        run(tiny_command, tmp_path / "run", *TWO)
-
-    started = time.monotonic()
-    assert in_processes(2, body) == [8, 8] and time.monotonic() - started < 60
-    lines = error_lines(capfd.readouterr().err)
-    assert "error: rank 1, step 3: ValueError: a bug of the user's. The traceback stands above." in lines and len(lines) == 2
-    record("ranks killed or raising", injected=1, fired=1, ended=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- trackers

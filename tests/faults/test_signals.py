@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import user_functions
 from runs import (
     before_step,
     checkpoint_steps,
@@ -27,11 +28,12 @@ from runs import (
     wait,
 )
 
+from faults.places import PLACES, in_midst
 from faults.record import record
 from faults.twins import Twins
-from mini_distill import result, storage
 from mini_distill.digest import digest_run
 from mini_distill.errors import Preempted
+from mini_distill.evaluation import hooks
 from mini_distill.evaluation.evaluator import Evaluator
 from mini_distill.training.signals import SAME_PRESS
 
@@ -49,22 +51,15 @@ def test_signal_saves_the_step_and_the_same_command_goes_on(
     assert digest_run(folder) == digest_run(undisturbed("plain")) and status(folder)["exit_code"] == 0
 
 
-def test_signal_in_the_last_step_lets_the_run_finish(tiny_command: list[str], tmp_path: Path, undisturbed: Callable[[str], Path]) -> None:
-    with before_step(6, send(signal.SIGTERM)):
+def test_signal_in_the_last_step_leaves_the_last_evaluation_to_the_same_command(
+    tiny_command: list[str], tmp_path: Path, undisturbed: Callable[[str], Path]
+) -> None:
+    with before_step(6, send(signal.SIGTERM)), pytest.raises(Preempted, match="step 6: stopped by SIGTERM and saved"):
         run(tiny_command, tmp_path / "run")
-    assert status(tmp_path / "run")["state"] == "finished" and digest_run(tmp_path / "run") == digest_run(undisturbed("plain"))
-
-
-def test_signal_while_loading_saves_the_first_step(tiny_command: list[str], tmp_path: Path, undisturbed: Callable[[str], Path]) -> None:
-    def loading(*arguments: Any, original: Any = train_module.prepare) -> Any:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return original(*arguments)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Preempted):
-        patch.setattr(train_module, "prepare", loading)
-        run(tiny_command, tmp_path / "run")
+    assert checkpoint_steps(tmp_path / "run")[-1] == 6 and not (tmp_path / "run" / "summary.json").exists()
     run(tiny_command, tmp_path / "run")
-    assert digest_run(tmp_path / "run") == digest_run(undisturbed("plain"))
+    assert status(tmp_path / "run")["state"] == "finished" and digest_run(tmp_path / "run") == digest_run(undisturbed("plain"))
+    assert steps_of(tmp_path / "run") == list(range(7))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -95,38 +90,12 @@ def wait_for(condition: Callable[[], bool], seconds: float = 90) -> None:
 # ------------------------------------------------------------------------------------------------------------ wherever they come
 
 
-@contextmanager
-def in_midst(of: str, action: Callable[[], object]) -> Iterator[None]:
-    """Call `action` once while this is going on."""
-    owner, name, call = PLACES[of]()
-    original, calls = getattr(owner, name), 0
-
-    def watched(*arguments: Any, **settings: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            action()
-        return original(*arguments, **settings)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, name, watched)
-        yield
-
-
-PLACES: dict[str, Callable[[], tuple[Any, str, int]]] = {
-    "loading": lambda: (train_module, "prepare", 1),
-    "first evaluation": lambda: (Evaluator, "__call__", 1),
-    "step": lambda: (train_module, "distill_step", 3),
-    "save": lambda: (storage, "_write_manifest", 2),
-    "evaluation": lambda: (Evaluator, "__call__", 2),
-    "export": lambda: (result, "write_student", 1),
-}
-"""What a run does, as a function that does it, and which of its calls is meant."""
+ANYWHERE = [place for place in PLACES if place != "hook"]  # which only a run with a hook has
 
 
 @forks
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", ANYWHERE)
 def test_a_signal_anywhere_is_answered_and_the_same_command_ends_as_undisturbed(
     place: str, number: signal.Signals, twins: Twins, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,13 +103,80 @@ def test_a_signal_anywhere_is_answered_and_the_same_command_ends_as_undisturbed(
     with in_midst(place, send(number)):
         code = wait(fork(lambda: run(command, tmp_path / "run")))
     errors = capfd.readouterr().err
-    assert code == (0 if place == "export" else 128 + number) and f"{number.name}: finishing the step" in errors
+    assert code == (0 if place == "export" else 128 + number)
+    assert (f"{number.name}: finishing what is under way" in errors) == (place != "loading")
     assert "Traceback" not in errors and "error: " not in errors
     assert status(tmp_path / "run")["exit_code"] == code
     run(command, tmp_path / "run")
     exact = digest_run(tmp_path / "run") == twins.digest("evaluation")
     record("SIGTERM and Ctrl-C", injected=1, fired=1, exact=int(exact))
     assert exact
+
+
+class Begun:
+    """What a run begins after the signal, while `watching()`: optimizer steps, batches of an evaluation, hooks."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __str__(self) -> str:
+        return self.file.read_text()
+
+    def signal(self) -> None:
+        """To this process; what begins from now on counts."""
+        self.file.write_text("")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            for owner, name, word in (
+                (train_module, "optimizer_step", "step "),
+                (Evaluator, "_measure", "batch "),
+                (hooks, "_call", "hook "),
+            ):
+                patch.setattr(owner, name, self._noting(getattr(owner, name), word))
+            yield
+
+    def _noting(self, original: Callable[..., Any], word: str) -> Callable[..., Any]:
+        def noting(*arguments: Any, **settings: Any) -> Any:
+            if self.file.exists():
+                with self.file.open("a") as file:
+                    file.write(word)
+            return original(*arguments, **settings)
+
+        return noting
+
+
+@forks
+@pytest.mark.parametrize("place", [place for place in PLACES if place != "export"])
+def test_nothing_is_begun_after_a_signal(place: str, twins: Twins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal in the first evaluation ran the rest of it, one step and another whole evaluation; one in loading the same.
+
+    What is under way ends: a step, a batch of an evaluation, a hook, a save.
+    """
+    monkeypatch.setattr(user_functions, "calls", 0)
+    command, begun = [*twins.command("evaluation"), "evaluation.hooks=[user_functions.parameter_sum]"], Begun(tmp_path / "begun")
+    run(command, tmp_path / "undisturbed")
+
+    def body() -> None:
+        with in_midst(place, begun.signal), begun.watching():
+            run(command, tmp_path / "run")
+
+    assert wait(fork(body)) == 143
+    assert str(begun) == ""
+    run(command, tmp_path / "run")
+    exact = digest_run(tmp_path / "run") == digest_run(tmp_path / "undisturbed")
+    assert exact and steps_of(tmp_path / "run") == list(range(7))
+    record("SIGTERM: nothing is begun after it", injected=1, fired=1, exact=int(exact))
+
+
+def test_a_signal_to_an_inner_part_is_told_to_the_run_around_it(tiny_command: list[str], tmp_path: Path) -> None:
+    """Of a run with a control, a signal that came when the control had nothing left to stop was forgotten, and the run trained."""
+    with in_midst("export", send(signal.SIGTERM)), pytest.raises(Preempted, match="before a step was done"):
+        run([*tiny_command, "control=true"], tmp_path / "run")
+    assert status(tmp_path / "run-control")["state"] == "finished" and status(tmp_path / "run")["state"] == "preempted"
+    assert not checkpoint_steps(tmp_path / "run")
 
 
 def twice() -> None:
@@ -151,7 +187,7 @@ def twice() -> None:
 
 
 @forks
-@pytest.mark.parametrize("place", [pytest.param(place, marks=[] if place == "save" else pytest.mark.slow) for place in PLACES])
+@pytest.mark.parametrize("place", [pytest.param(place, marks=[] if place == "save" else pytest.mark.slow) for place in ANYWHERE])
 def test_a_second_ctrl_c_stops_at_once_and_harms_nothing(place: str, twins: Twins, tmp_path: Path) -> None:
     command, folder = twins.command("evaluation"), tmp_path / "run"
 

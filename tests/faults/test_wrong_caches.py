@@ -35,6 +35,12 @@ def two_tokens_swapped(teacher: Path) -> None:
     file.write_text(json.dumps(tokenizer))
 
 
+def another_epsilon(teacher: Path) -> None:
+    """Every weight is as before, every logit is not."""
+    settings = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps({**settings, "rms_norm_eps": 0.01}))
+
+
 def refused(body: Callable[[], object], kind: type[MiniDistillError] = CacheError) -> str:
     """The lines of the refusal, noted for the report."""
     lines = helpers.refused(body, kind)
@@ -44,6 +50,7 @@ def refused(body: Callable[[], object], kind: type[MiniDistillError] = CacheErro
 
 TEACHERS: dict[str, tuple[Callable[[Path], None] | None, list[str], str]] = {
     "one weight": (one_weight_changed, [], "teacher.weights"),
+    "epsilon": (another_epsilon, [], "teacher.config.rms_norm_eps: the cache has 1e-06, this run 0.01"),
     "dtype": (None, ["teacher.dtype=bfloat16"], 'teacher.dtype: the cache has "float32", this run "bfloat16"'),
     "permuted vocabulary": (two_tokens_swapped, [], "tokenizer: the cache has"),
 }
@@ -127,8 +134,9 @@ def test_another_chat_template_is_refused(tiny_command: list[str], tiny_teacher:
     assert "the cache has" in refused(lambda: run([*other, f"teacher.cache_dir={tmp_path / 'cache'}"], tmp_path / "run"))
 
 
-@pytest.mark.parametrize("number", [0, 2])
+@pytest.mark.parametrize("number", [1, 3])
 def test_another_format_is_refused(number: int, tiny_command: list[str], small: Path, tmp_path: Path) -> None:
+    """The first one had token numbers in two or three bytes each."""
     description = read_description(small)
     description["identity"]["format"] = number
     write_description(small, description)
@@ -137,7 +145,7 @@ def test_another_format_is_refused(number: int, tiny_command: list[str], small: 
         lambda: build(tiny_command, small, *SMALL),
         lambda: cache_module.info(cache_config(tiny_command, small)),
     ):
-        assert f"cache.json: format {number}, expected 1" in refused(body)
+        assert f"cache.json: format {number}, expected 2" in refused(body)
 
 
 IMPOSSIBLE = {
@@ -146,6 +154,12 @@ IMPOSSIBLE = {
         "topk",
         "objective.temperature=2",
         "objective.temperature: got 2.0, and the cache's temperature is 1.0",
+    ),
+    "a draw of the tail": ("topk", "objective=teacher_sample_ce", "objective.divergence: teacher_sample_ce draws a token"),
+    "more ranks than tokens": (
+        "topk",
+        "objective=ranking_hinge",
+        "objective.divergence_options.top_k: ranking_hinge ranks 16 of the teacher's tokens, and 8 are listed. Rank at most 8, or list more: cache.k=16",
     ),
     "a term": (
         "sampled",

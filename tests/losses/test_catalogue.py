@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import math
 import subprocess
 import sys
 
 import pytest
 
 from mini_distill.losses import divergences
-from mini_distill.losses.catalogue import divergence_parameters
+from mini_distill.losses.catalogue import divergence_parameters, tokens_looked_at
 
 DEFINED = {
     name: function
@@ -37,6 +38,13 @@ def test_every_divergence_takes_student_teacher_and_temperature_and_swallows_not
     assert positional == ["student_logits", "teacher_logits", "temperature"] and parameters["temperature"].default == 1.0
     assert not any(p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) for p in parameters.values())
     assert all(p.default is not p.empty for p in parameters.values() if p.kind is p.KEYWORD_ONLY)
+
+
+def test_divergences_of_single_tokens_say_at_how_many_they_look() -> None:
+    looked_at = {name: tokens_looked_at(name, {}) for name in DEFINED if hasattr(DEFINED[name], "looks_at")}
+    assert looked_at == {"teacher_argmax_ce": 1, "ranking_hinge": 16, "ranking_logistic": 16, "teacher_sample_ce": math.inf}
+    assert tokens_looked_at("ranking_hinge", {"top_k": 5}) == 5 and tokens_looked_at("teacher_sample_ce", {"num_samples": 3}) == math.inf
+    assert not any(tokens_looked_at(name, {}) for name in {*DEFINED, "my_package.divergence"} - set(looked_at))
 
 
 def test_the_catalogue_is_read_without_torch() -> None:

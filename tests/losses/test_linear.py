@@ -7,11 +7,29 @@ import faulthandler
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from fused_cases import (
+    EXACT,
+    NAMES,
+    STOCHASTIC,
+    TOLERANCE,
+    VOCAB,
+    Case,
+    Found,
+    assert_near,
+    case,
+    distance,
+    found,
+    fused,
+    objective_of,
+    plain,
+    rows_mib,
+    wide_head,
+)
 from runs import forks, in_processes
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -22,133 +40,22 @@ from transformers import LlamaForCausalLM
 
 from mini_distill.data.batch import Batch
 from mini_distill.losses import divergences
-from mini_distill.losses.catalogue import divergence_parameters
 from mini_distill.losses.objective import DivergenceTerm, Objective
 from mini_distill.losses.reduction import IGNORE_INDEX, loss_mask, supervised_targets
 from mini_distill.models.head import LanguageModel, OutputHead, output_head
 from mini_distill.teachers.online import OnlineTeacher
-from mini_distill.teachers.targets import DenseTargets
 
-STOCHASTIC = {"teacher_sample_ce"}
-NAMES = sorted(divergence_parameters())
-EXACT = [name for name in NAMES if name not in STOCHASTIC]
-TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 4e-3}
-"""Of gradients; a single rounding to bfloat16 is up to 3.9e-3, and 1.7e-3 on average over many."""
+LARGE: dict[str, Any] = {"tokens": 192, "vocab": 4096, "hidden": 64, "teacher_hidden": 48, "dtype": torch.bfloat16}
+"""A case with enough numbers for roundings to average out."""
 
-VOCAB = 17
-
-
-def objective_of(name: str = "forward_kl", temperature: float = 2.0, **settings: Any) -> Objective:
-    """Every factor of the loss differs from one."""
-    return Objective(getattr(divergences, name), name, **{"temperature": temperature, "kl_weight": 0.7, "ce_weight": 0.3, **settings})
-
-
-def rows_mib(rows: int, vocab: int = VOCAB) -> float:
-    """The budget that holds so many rows of student and teacher in float32."""
-    return (rows + 0.5) * 2 * 4 * vocab / 2**20
-
-
-# ------------------------------------------------------------------------------------------------------- a case, and both paths
-
-
-@dataclass
-class Case:
-    """Everything that `Objective.fused` takes."""
-
-    hidden: Tensor
-    head: OutputHead
-    teacher: DenseTargets
-    targets: Tensor
-
-    def wide(self) -> Case:
-        """The same numbers in float64."""
-        teacher = DenseTargets(self.teacher.hidden.double(), wide_head(self.teacher.head), self.teacher.device)
-        hidden = self.hidden.detach().double().requires_grad_(self.hidden.requires_grad)
-        return Case(hidden, wide_head(self.head), teacher, self.targets)
-
-
-def wide_head(head: OutputHead) -> OutputHead:
-    return OutputHead(copy.deepcopy(head.module).double(), head.scale, head.softcap)
-
-
-def case(
-    tokens: int = 7,
-    vocab: int = VOCAB,
-    hidden: int = 6,
-    teacher_hidden: int = 5,
-    dtype: torch.dtype = torch.float64,
-    teacher_dtype: torch.dtype | None = None,
-    bias: bool = False,
-    std: float = 2.0,
-    scale: float = 1.0,
-    softcap: float | None = None,
-    teacher_vocab: int | None = None,
-    student_vocab: int | None = None,
-) -> Case:
-    """Logits of standard deviation `std`; the teacher's parameters ask for gradients, which must not come."""
-    draw = torch.Generator().manual_seed(0)
-
-    def linear(width: int, rows: int, dtype: torch.dtype) -> nn.Linear:
-        module = nn.Linear(width, rows, bias=bias, dtype=dtype)
-        with torch.no_grad():
-            module.weight.copy_(torch.randn(rows, width, generator=draw, dtype=torch.float64) * std / width**0.5)
-            if bias:
-                module.bias.copy_(torch.randn(rows, generator=draw, dtype=torch.float64))
-        return module
-
-    student = OutputHead(linear(hidden, student_vocab or vocab, dtype), scale, softcap)
-    teacher_dtype = teacher_dtype or dtype
-    teacher = OutputHead(linear(teacher_hidden, teacher_vocab or vocab, teacher_dtype), scale, softcap)
-    student_hidden = torch.randn(tokens, hidden, generator=draw, dtype=torch.float64).to(dtype).requires_grad_()
-    said = torch.randn(tokens, teacher_hidden, generator=draw, dtype=torch.float64).to(teacher_dtype)
-    return Case(student_hidden, student, DenseTargets(said, teacher, said.device), torch.randint(vocab, (tokens,), generator=draw))
-
-
-@dataclass
-class Found:
-    """What came out."""
-
-    loss: Tensor
-    terms: dict[str, Tensor]
-    gradients: dict[str, Tensor]
-
-
-def fused(case: Case, objective: Objective, factor: float = 1.0) -> Found:
-    return found(case, objective.fused(case.hidden, case.head, case.teacher, case.targets), factor)
-
-
-def plain(case: Case, objective: Objective, factor: float = 1.0) -> Found:
-    """From whole logits, in float64."""
-    wide = case.wide()
-    return found(wide, objective(wide.head.logits(wide.hidden), wide.teacher.logits(), wide.targets), factor)
-
-
-def found(case: Case, result: Any, factor: float) -> Found:
-    leaves = {"hidden": case.hidden, **dict(case.head.module.named_parameters())}
-    asked = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-    for leaf in asked.values():
-        leaf.grad = None
-    if asked:
-        (result.loss * factor).backward()
-    assert all(parameter.grad is None for parameter in case.teacher.head.module.parameters())
-    gradients = {name: leaf.grad.clone() for name, leaf in asked.items() if leaf.grad is not None}
-    return Found(result.loss.detach(), result.terms, gradients)
-
-
-def distance(one: Tensor, other: Tensor) -> float:
-    """Relative, in norm, to `other`."""
-    return ((one.double() - other.double()).norm() / other.double().norm().clamp_min(1e-30)).item()
-
-
-def assert_near(one: Found, other: Found, tolerance: float) -> None:
-    assert one.terms.keys() == other.terms.keys() and one.gradients.keys() == other.gradients.keys()
-    value = min(tolerance, 2e-5)  # values are summed in float32 even where gradients are handed out in bfloat16
-    assert one.loss.item() == pytest.approx(other.loss.item(), rel=value)
-    for name, term in one.terms.items():
-        assert term.item() == pytest.approx(other.terms[name].item(), rel=value), name
-    for name, gradient in one.gradients.items():
-        assert gradient.isfinite().all() and distance(gradient, other.gradients[name]) <= tolerance, name
-
+WITH_OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    *(("jsd", {"jsd_beta": beta}) for beta in (0.0, 0.1, 1.0)),
+    *((name, {"skew": skew}) for name in ("skew_forward_kl", "skew_reverse_kl") for skew in (0.0, 0.5)),
+    ("adaptive_kl", {"head_mass": 0.9}),
+    *(("alpha_beta", {"ab_alpha": alpha, "ab_beta": beta}) for alpha, beta in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0))),
+    ("ranking_hinge", {"top_k": 3, "margin": 0.2}),
+    ("ranking_logistic", {"top_k": 3}),
+]
 
 # --------------------------------------------------------------------------------------------------------- the definition is met
 
@@ -174,7 +81,7 @@ def test_the_gradients_have_the_dtype_of_what_they_belong_to(name: str) -> None:
 @pytest.mark.parametrize("std", [2.0, 8.0])
 def test_bfloat16_keeps_the_gradient_of_float64(std: float, factor: float) -> None:
     """A log-softmax in bfloat16: gradients 3–31 % wrong against 0.15 % in float32 (speculators#788)."""
-    given = case(tokens=192, vocab=4096, hidden=64, teacher_hidden=48, dtype=torch.bfloat16, std=std)
+    given = case(**LARGE, std=std)
     objective = objective_of(temperature=1.0, kl_weight=1.0, ce_weight=0.0)
     exact = plain(given, objective, factor)
     assert_near(fused(given, objective, factor), exact, 2e-3)
@@ -186,6 +93,41 @@ def test_bfloat16_keeps_the_gradient_of_float64(std: float, factor: float) -> No
     loss = (narrow[1].detach().exp() * (narrow[1].detach() - narrow[0])).sum()
     for gradient, name in zip(torch.autograd.grad(loss, [given.hidden, given.head.module.weight]), ("hidden", "weight"), strict=True):
         assert distance(gradient * factor, exact.gradients[name]) > 2e-3
+
+
+@pytest.mark.parametrize("name", [name for name in EXACT if name != "forward_kl"])
+def test_bfloat16_keeps_the_gradient_of_float64_for_every_divergence(name: str) -> None:
+    given, objective = case(**LARGE), objective_of(name, temperature=1.0, kl_weight=1.0, ce_weight=0.0)
+    assert_near(fused(given, objective), plain(given, objective), 2e-3)
+
+
+@pytest.mark.parametrize(("name", "options"), WITH_OPTIONS, ids=[f"{name}-{options}" for name, options in WITH_OPTIONS])
+def test_options_reach_the_divergence(name: str, options: dict[str, Any]) -> None:
+    given, objective = case(tokens=23), objective_of(name, options=options, memory_mib=rows_mib(5))
+    assert_near(fused(given, objective), plain(given, objective), 1e-11)
+    assert fused(given, objective).loss.item() != pytest.approx(fused(given, objective_of(name)).loss.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("num_samples", [1, 3])
+def test_samples_are_those_of_whole_logits_in_one_chunk(num_samples: int) -> None:
+    given, objective = case(tokens=23, bias=True), objective_of("teacher_sample_ce", options={"num_samples": num_samples})
+    both = []
+    for path in (fused, plain):
+        torch.manual_seed(0)
+        both.append(path(given, objective))
+    assert_near(*both, 1e-11)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("name", [name for name in EXACT if not name.endswith("_ce")])
+def test_equal_models_are_nothing_apart_and_near_ones_never_less(name: str, dtype: torch.dtype) -> None:
+    given, values = case(tokens=40, vocab=300, hidden=8, teacher_hidden=8, dtype=dtype), []
+    objective = objective_of(name, temperature=1.0, kl_weight=1.0, ce_weight=0.0, memory_mib=rows_mib(15, 300))
+    given.teacher.head.module = given.head.module
+    for noise in (0.0, 1e-3, 1e-2):
+        given.teacher.hidden = (given.hidden.detach().double() * (1 + noise)).to(dtype)
+        values.append(objective.fused(given.hidden.detach(), given.head, given.teacher, given.targets).loss.item())
+    assert min(values) >= 0 and values[0] < 40 * 50 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -236,11 +178,12 @@ def test_any_number_of_tokens(tokens: int) -> None:
     assert_near(fused(given, objective_of(memory_mib=rows_mib(3))), plain(given, objective_of()), 1e-11)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize("kind", ["plain", "called"])
 @pytest.mark.parametrize("name", NAMES)
-def test_no_token_is_exactly_zero_with_a_graph_even_where_weights_are_not_finite(name: str, kind: str) -> None:
+def test_no_token_is_exactly_zero_with_a_graph_even_where_weights_are_not_finite(name: str, kind: str, dtype: torch.dtype) -> None:
     """An empty completion gave 0/0 (trl#5885); a rank without a supervised token hung or divided by zero (trl#6698)."""
-    given = case(tokens=0, bias=True)
+    given = case(tokens=0, bias=True, dtype=dtype)
     if kind == "called":
         given.head.module = Subclass.of(given.head.module)
     with torch.no_grad():
@@ -340,7 +283,7 @@ def test_rows_that_pad_a_vocabulary_change_nothing(bad: float, padding: tuple[in
 
 def test_vocabularies_of_unexplained_widths_are_not_cut_to_fit() -> None:
     given = case(teacher_vocab=VOCAB + 2)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="expected one shape"):
         fused(given, objective_of())
 
 
@@ -493,6 +436,13 @@ def test_a_second_backward_is_refused(retain: bool, kind: str) -> None:
     loss.backward(retain_graph=retain)
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
+
+
+def test_a_second_derivative_is_refused() -> None:
+    given = case()
+    loss = objective_of().fused(given.hidden, given.head, given.teacher, given.targets).loss
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, given.hidden, create_graph=True)
 
 
 @pytest.mark.parametrize("kind", ["plain", "called"])
@@ -761,10 +711,11 @@ def test_a_model_gets_the_gradients_of_its_own_whole_logits(tiny_llama: Build, t
     torch.testing.assert_close(gradients_of(student, result.loss), gradients_of(student, expected.loss))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", EXACT)
-def test_what_is_not_supervised_may_hold_anything(tiny_llama: Build, name: str) -> None:
+def test_what_is_not_supervised_may_hold_anything(tiny_llama: Build, name: str, dtype: torch.dtype) -> None:
     """Prompt or padding tokens in the loss (Liger#974, Model-Optimizer#1009, optipfair#34); 0 · NaN is NaN."""
-    student, teacher = LanguageModel(tiny_llama(seed=0).double()), OnlineTeacher(tiny_llama(seed=1).double())
+    student, teacher = LanguageModel(tiny_llama(seed=0).to(dtype)), OnlineTeacher(tiny_llama(seed=1).to(dtype))
     objective, batch = objective_of(name, memory_mib=rows_mib(4, 64)), documents()
     result = step(student, teacher, batch, objective)
     expected, unsupervised = gradients_of(student, result.loss), ~loss_mask(batch.labels)[..., None]
@@ -779,11 +730,13 @@ def test_what_is_not_supervised_may_hold_anything(tiny_llama: Build, name: str) 
     torch.testing.assert_close(gradients_of(student, spoilt.loss), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("tied", "dtype"), [(True, torch.float32), (False, torch.bfloat16), (True, torch.float64)])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_batch_without_a_label_is_zero_with_a_gradient_for_every_parameter(tiny_llama: Build, name: str, tied: bool) -> None:
-    student = LanguageModel(tiny_llama(seed=0, tie_word_embeddings=tied))
-    result = step(student, OnlineTeacher(tiny_llama(seed=1)), documents((0, 0)), objective_of(name))
+def test_a_batch_without_a_label_is_zero_with_a_gradient_for_every_parameter(
+    tiny_llama: Build, name: str, tied: bool, dtype: torch.dtype
+) -> None:
+    student = LanguageModel(tiny_llama(seed=0, tie_word_embeddings=tied).to(dtype))
+    result = step(student, OnlineTeacher(tiny_llama(seed=1).to(dtype)), documents((0, 0)), objective_of(name))
     assert result.loss.item() == 0 and not any(term.any() for term in result.terms.values())
     found = gradients_of(student, result.loss)
     assert found.keys() == dict(student.named_parameters()).keys() and not any(gradient.any() for gradient in found.values())
@@ -940,3 +893,15 @@ def test_compiled_terms_are_the_same(name: str) -> None:
     assert result.loss.item() == pytest.approx(plain(given, objective_of(name)).loss.item(), rel=2e-5)
     empty = case(tokens=0, dtype=torch.float32)
     assert fused(empty, compiled).loss.item() == 0
+
+
+def test_every_divergence_can_be_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And differentiated as for every compiler; it is then torch that runs them, which takes no minute."""
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **settings: original(*args, **settings, backend="aot_eager"))
+    further = [DivergenceTerm(name, getattr(divergences, name), 0.3, 1.5) for name in NAMES if name != "forward_kl"]
+    given, both = case(tokens=23, dtype=torch.float32, bias=True), []
+    for compiled in (True, False):
+        torch.manual_seed(0)
+        both.append(fused(given, objective_of(further=further, memory_mib=rows_mib(5), compile=compiled)))
+    assert_near(*both, 2e-5)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mini_distill.losses.divergences import forward_kl, jsd, reverse_kl
+from mini_distill.losses.divergences import forward_kl, jsd, ranking_hinge, ranking_logistic, reverse_kl, teacher_argmax_ce
 from mini_distill.losses.objective import DivergenceTerm, Objective
 from mini_distill.losses.sparse import SampledRows, SparseRows, TopKRows
 from mini_distill.models.head import OutputHead
@@ -200,6 +200,27 @@ def test_a_tail_of_nothing_is_finite(name: str, spread: bool, dtype: torch.dtype
         listed = logits.softmax(-1).gather(-1, ids)
         wanted = (rows.log_probs.exp() * (rows.log_probs - listed.log())).sum(-1)
         torch.testing.assert_close(ours(logits), wanted, rtol=1e-4, atol=1e-5)
+
+
+OF_LIKELIEST: dict[str, tuple[Callable[..., Tensor], dict[str, int]]] = {
+    "teacher_argmax_ce": (teacher_argmax_ce, {}),
+    "ranking_hinge": (ranking_hinge, {"top_k": 4}),
+    "ranking_logistic": (ranking_logistic, {"top_k": 3}),
+}
+
+
+@pytest.mark.parametrize("name", OF_LIKELIEST)
+@pytest.mark.parametrize("k", [4, VOCAB - 1, VOCAB])
+@pytest.mark.parametrize("spread", [False, True])
+def test_what_looks_at_the_likeliest_tokens_is_as_from_the_whole_distribution(name: str, k: int, spread: bool) -> None:
+    """The tail was handed over as one more token: where it outweighed the first one, the student was taught the bucket as its label."""
+    probs, logits = distributions(spread=0.3), student_logits()
+    rows, (divergence, options) = top_k(probs, k, spread), OF_LIKELIEST[name]
+    assert k > 4 or (rows.tail > rows.log_probs[:, 0].exp()).all()
+    ours = lambda q: rows.compare(name, divergence, q.log_softmax(-1), options)  # noqa: E731
+    dense = lambda q: divergence(q, probs.log(), **options)  # noqa: E731
+    torch.testing.assert_close(ours(logits), dense(logits), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(gradient(ours, logits), gradient(dense, logits), rtol=1e-8, atol=1e-12)
 
 
 def test_one_bucket_is_never_more_than_the_full_divergence() -> None:

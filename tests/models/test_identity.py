@@ -1,15 +1,20 @@
-"""Two models have the same fingerprint only if every bit of every weight is the same."""
+"""Two models have the same fingerprint only if every bit of every weight, and all else that they compute with, is the same."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from mini_distill.models.identity import weights_fingerprint
+from mini_distill.models.identity import architecture, weights_fingerprint
 
 INTEGERS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 
@@ -77,3 +82,44 @@ def test_memory_layout_mode_and_gradients_do_not_matter(tiny_llama: Callable[...
 @pytest.mark.parametrize("value", [torch.tensor(3.0), torch.zeros(0, 4), torch.tensor([True, False]), torch.tensor([-1, 2])])
 def test_scalars_empty_tensors_and_integers_have_fingerprints(value: Tensor) -> None:
     assert weights_fingerprint(one_matrix(value)) != weights_fingerprint(one_matrix(torch.tensor(4.0)))
+
+
+# ---------------------------------------------------------------------------------------------------------------- architecture
+
+
+@pytest.mark.parametrize(
+    "settings", [{"rms_norm_eps": 0.1}, {"hidden_act": "gelu"}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}]
+)
+def test_what_a_model_computes_with_besides_its_weights_shows(
+    settings: dict[str, Any], tiny_llama: Callable[..., LlamaForCausalLM]
+) -> None:
+    """An epsilon changes every logit and no weight."""
+    one, other = tiny_llama(), tiny_llama(**settings)
+    assert weights_fingerprint(one) == weights_fingerprint(other)
+    assert architecture(one) == architecture(tiny_llama()) != architecture(other)
+
+
+def test_where_a_model_came_from_does_not_show(tiny_llama: Callable[..., LlamaForCausalLM], tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    loaded.config.auto_map = {"AutoModel": "org/name--modeling.Own"}
+    loaded.config.transformers_version = "5.0.0"
+    assert architecture(loaded) == architecture(tiny_llama())
+    assert json.loads(json.dumps(architecture(loaded))) == architecture(loaded)
+
+
+def test_code_of_a_models_own_repository_shows(
+    tiny_llama: Callable[..., LlamaForCausalLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for number in (1, 2):
+        (tmp_path / f"own_{number}.py").write_text(
+            f"from transformers import LlamaForCausalLM\nclass Own(LlamaForCausalLM): scale = {number}\n"
+        )
+        spec = importlib.util.spec_from_file_location("transformers_modules.own", tmp_path / f"own_{number}.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "transformers_modules.own", module)
+        spec.loader.exec_module(module)
+        found.append(architecture(module.Own(tiny_llama().config)))
+    assert found[0].keys() == found[1].keys() and [name for name in found[0] if found[0][name] != found[1][name]] == ["code"]

@@ -108,7 +108,7 @@ def test_a_config_that_is_no_json_object_is_named(folder: Path, text: str) -> No
 def test_a_config_that_is_no_file_is_named(folder: Path) -> None:
     (folder / "config.json").unlink()
     (folder / "config.json").mkdir()
-    assert the_error(load_causal_lm, folder).startswith(f"{folder / 'config.json'}: cannot be read (Is a directory)")
+    assert the_error(load_causal_lm, folder).startswith(f"{folder / 'config.json'}: cannot be read (not a regular file)")
 
 
 @pytest.mark.parametrize("load", [load_causal_lm, load_tokenizer])

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mini_distill.reporting.charts import COLOURS, HEIGHT, LONGEST, WIDTH, Chart, Drawing, Series, draw, thinned
+from mini_distill.evaluation.table import percent
+from mini_distill.reporting.charts import COLOURS, HEIGHT, LONGEST, WIDTH, Chart, Drawing, Series, apart, draw, thinned, tick_texts
+from mini_distill.reporting.figures import signed_free
 
 numbers = st.floats(-1e9, 1e9, allow_nan=False)
 
@@ -96,3 +98,22 @@ def test_one_curve_alone_needs_no_legend() -> None:
         ("student", "student", False),
         ("teacher", "teacher", True),
     ]
+
+
+def test_ticks_have_the_decimals_that_tell_them_apart() -> None:
+    """An axis from 0 to 2 % read `0 %, 0 %, 1 %, 2 %, 2 %`."""
+    assert tick_texts([0, 0.005, 0.01, 0.015], percent) == ["0.0 %", "0.5 %", "1.0 %", "1.5 %"]
+    assert tick_texts([0, 0.2, 0.4], percent) == ["0 %", "20 %", "40 %"]
+    assert tick_texts([4.58711, 4.58712], signed_free) == ["4.58711", "4.58712"]
+    assert tick_texts([1, 2, 2.5], signed_free) == ["1", "2", "2.5"]
+    series = [Series("s", [(0.0, 0.001), (1.0, 0.019)], "student")]
+    shown = re.findall(r"<text[^>]*>([^<]* %)</text>", draw(Chart("t", "x", "y", series, y_text=percent)).svg)
+    assert len(shown) == len(set(shown)) > 2 and "0.5 %" in shown
+
+
+def test_labels_that_would_lie_on_each_other_are_raised() -> None:
+    labels = [("1", (0.1, 0.50), "a"), ("2", (0.1, 0.52), "b"), ("3", (0.11, 0.45), "c"), ("4", (0.9, 0.5), "d")]
+    found = {text: place for text, place, _ in apart(labels)}
+    assert found["3"] == (0.11, 0.45) and found["4"] == (0.9, 0.5)  # the lowest, and one far away
+    assert found["3"][1] < found["1"][1] < found["2"][1]
+    assert min(b[1] - a[1] for a, b in ((found["3"], found["1"]), (found["1"], found["2"]))) > 0.09

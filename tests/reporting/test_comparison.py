@@ -10,9 +10,23 @@ import pytest
 from measured_folders import summary, write_run
 
 from mini_distill.compare import interval
-from mini_distill.reporting.comparison import common_name, grouped, overlaid, overview, settings_that_differ, text_differs, trade_offs
+from mini_distill.reporting.comparison import (
+    common_name,
+    costs,
+    grouped,
+    overlaid,
+    overview,
+    same_objective,
+    settings_that_differ,
+    text_differs,
+    trade_offs,
+)
 from mini_distill.reporting.figures import Figure, Numbered
 from mini_distill.reporting.measured import open_measured
+from mini_distill.reporting.verdict import answers_of_groups
+
+JSD = "1 jsd"
+ENDS = (("", "objective=kl_ce"), ("-control", "objective=ce"))
 
 
 def open_all(*folders: Path) -> list[Any]:
@@ -20,14 +34,15 @@ def open_all(*folders: Path) -> list[Any]:
     return [open_measured(folder) for folder in folders]
 
 
-def test_runs_that_differ_in_the_seed_alone_are_one_with_mean_and_interval(tmp_path: Path) -> None:
+def test_runs_that_differ_in_the_seed_alone_are_one_with_mean_and_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     folders = [write_run(tmp_path / f"a-seed={seed}", f"seed={seed}", nll=nll) for seed, nll in ((0, 3.4), (1, 3.5), (2, 3.9))]
     folders.append(write_run(tmp_path / "b", "objective=jsd", nll=3.1))
     first, second = grouped(open_all(*folders))
     assert (first.name, first.seeds, second.name) == ("a", "0, 1, 2", "b")
     shown = first.figure("eval/student_nll")
     assert shown is not None and shown.value == pytest.approx(3.6) and shown.text == "3.600"
-    assert shown.spread == f"± {interval([3.4, 3.5, 3.9]):.3f}" and shown.of.split("\n") == [str(folder) for folder in folders[:3]]
+    assert shown.spread == f"± {interval([3.4, 3.5, 3.9]):.3f}" and shown.of.split("\n") == [folder.name for folder in folders[:3]]
     alone = second.figure("eval/student_nll")
     assert alone is not None and alone.spread == ""
 
@@ -49,11 +64,78 @@ def test_the_gap_closed_is_taken_from_the_control_of_the_same_seed(tmp_path: Pat
     assert second.values("control/gap_closed") == []
 
 
+def test_of_a_control_trained_apart_the_page_says_from_which_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    without = {key: value for key, value in summary(3.5, 8).items() if not key.startswith("control/")}
+    run = write_run(tmp_path / "a", summary=without)
+    control = write_run(tmp_path / "c", "objective=ce", summary=without | {"eval/student_nll": 4.5})
+    gap = grouped(open_all(run, control))[0].figure("control/gap_closed")
+    assert gap is not None and (gap.text, gap.keys, gap.of) == ("50.0 %", "control/gap_closed", "a\nc")
+
+
+def test_runs_are_told_apart_by_their_objective_as_compare_does(tmp_path: Path) -> None:
+    """`s0 s0-control s1 s1-control`: the letters that the folders share named both groups `s`, student and control alike."""
+    folders = [write_run(tmp_path / f"s{seed}{end}", f"seed={seed}", objective) for seed in (0, 1) for end, objective in ENDS]
+    student, control = grouped(open_all(*folders))
+    assert (student.label, control.label) == ("0.5 forward_kl + 0.5 ce", "ce (control)")
+    assert (student.name, control.name, control.is_control) == ("s", "s…-control", True)
+    alike = grouped(open_all(write_run(tmp_path / "small"), write_run(tmp_path / "long", "trainer.max_steps=9")))
+    assert [group.label for group in alike] == ["small", "long"]
+    mixed = grouped(open_all(write_run(tmp_path / "x"), write_run(tmp_path / "y", "data.seq_len=64"), folders[1]))
+    assert [group.label for group in mixed] == ["0.5 forward_kl + 0.5 ce (x)", "0.5 forward_kl + 0.5 ce (y)", "ce (control)"]
+
+
+def test_training_losses_of_different_objectives_are_not_on_one_axis(tmp_path: Path) -> None:
+    """The control minimises ce alone and the student a mixture: of their losses, in one chart, the higher seemed the worse."""
+    groups = grouped(open_all(write_run(tmp_path / "a"), write_run(tmp_path / "b", "objective=ce")))
+    assert not same_objective(groups)
+    assert [drawing.chart.title for drawing in overlaid(groups)] == ["Held-out loss", "KL to the teacher", "Top-1 agreement"]
+    alike = grouped(open_all(write_run(tmp_path / "c"), write_run(tmp_path / "d", "trainer.max_steps=9")))
+    assert same_objective(alike) and "Training loss" in [drawing.chart.title for drawing in overlaid(alike)]
+
+
+def test_quality_and_cost_are_tables_of_their_own_so_that_no_column_is_cut_off(tmp_path: Path) -> None:
+    """Ten columns in one table did not fit a screen of 1280 pixels."""
+    groups = grouped(open_all(write_run(tmp_path / "a"), write_run(tmp_path / "b", "seed=1", nll=3.6)))
+    cost = costs(groups)
+    assert cost is not None and "parameters" in cost.header and "parameters" not in overview(groups).header
+    assert len(overview(groups).header) <= 8 and len(cost.header) <= 6
+    speed = cost.rows[0][list(cost.header).index("tokens read per s")]
+    assert isinstance(speed, Figure) and speed.spread == ""  # the same in both; seeds have nothing to do with it
+    assert costs(grouped(open_all(write_run(tmp_path / "c", summary={"eval/student_nll": 3.0})))) is None
+
+
+def test_over_seeds_the_answer_is_as_sure_as_its_interval(tmp_path: Path) -> None:
+    def answer(name: str, gains: list[float]) -> str:
+        figures = [summary(3.5, 8) | {"control/student_nll": 3.5 + gain} for gain in gains]
+        runs = [write_run(tmp_path / f"{name}{i}", f"seed={i}", summary=of_run) for i, of_run in enumerate(figures)]
+        first = answers_of_groups(grouped(open_all(*runs)))[0]
+        return "".join(part.text + part.spread if isinstance(part, Figure) else part for part in first.parts)
+
+    assert answer("sure", [0.40, 0.41, 0.42]).startswith("Yes: on held-out text the student's loss is 0.410± 0.025 nats per token lower")
+    assert answer("unsure", [0.4, -0.3, 0.3]).startswith("Not clear:")
+    assert "The interval (±) includes no difference at all: more seeds would tell." in answer("torn", [0.4, -0.3, 0.3])
+    assert answer("harm", [-0.40, -0.41, -0.42]).startswith("No, it did harm:")
+
+
+def test_of_several_taught_settings_each_is_answered(tmp_path: Path) -> None:
+    groups = grouped(open_all(*(write_run(tmp_path / name, f"objective={name}") for name in ("kl_ce", "jsd", "ce"))))
+    assert [answer.question for answer in answers_of_groups(groups)] == ["Did distillation help?", "0.5 forward_kl + 0.5 ce", JSD]
+
+
+def test_a_run_without_figures_spoils_no_comparison(tmp_path: Path) -> None:
+    """A killed run among others had no held-out tokens, so that all were said to be measured on different text."""
+    runs = open_all(write_run(tmp_path / "a"), write_run(tmp_path / "b", "objective=jsd"))
+    killed = open_all(write_run(tmp_path / "k", "objective.temperature=3", summary=None))
+    groups = grouped([*killed, *runs])
+    assert not text_differs(groups) and overview(groups).rows[-1][0] == "teacher"
+
+
 def test_the_table_has_all_runs_and_the_teacher_they_share(tmp_path: Path) -> None:
     runs = open_all(write_run(tmp_path / "a", nll=3.4), write_run(tmp_path / "b", "objective=jsd", nll=3.6))
     table = overview(grouped(runs))
-    assert [row[0] for row in table.rows] == [Numbered(1, "a", "run0"), Numbered(2, "b", "run1"), "teacher"]
-    column = list(table.header).index("held-out loss")
+    assert [row[0] for row in table.rows] == [Numbered(1, "0.5 forward_kl + 0.5 ce", "run0"), Numbered(2, JSD, "run1"), "teacher"]
+    column = list(table.header).index("held-out loss\u00a0↓")
     assert [cell.value for row in table.rows if isinstance(cell := row[column], Figure)] == [3.4, 3.6, 2.5]
     other = write_run(tmp_path / "c", "objective=forward_kl", summary=summary(3.2, 8) | {"eval/teacher_nll": 2.4})
     assert "teacher" not in [row[0] for row in overview(grouped([*runs, *open_all(other)])).rows]
@@ -98,10 +180,11 @@ def test_times_are_over_the_teachers_of_the_same_run(tmp_path: Path) -> None:
 def test_runs_beyond_the_eighth_share_a_colour(tmp_path: Path) -> None:
     groups = grouped(open_all(*(write_run(tmp_path / f"{i}", f"objective.temperature={i + 1}") for i in range(10))))
     assert [group.style for group in groups] == [*(f"run{i}" for i in range(8)), "other", "other"]
-    assert {name for name, _, _ in overlaid(groups)[0].legend} == {*map(str, range(1, 9)), "others"}
+    assert {name.partition(":")[0] for name, _, _ in overlaid(groups)[0].legend} == {*map(str, range(1, 9)), "others", "teacher"}
 
 
 def test_a_group_is_called_what_its_runs_have_in_common() -> None:
     assert common_name(["small-seed=0", "small-seed=1"]) == "small"
     assert common_name(["seed0", "seed1"]) == "seed0"
     assert common_name(["alone-1"]) == "alone-1"
+    assert common_name(["s0-control", "s1-control"]) == "s…-control"

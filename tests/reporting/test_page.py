@@ -148,7 +148,7 @@ def test_every_chart_names_its_source_and_says_in_words_what_it_shows(pages: dic
         page = Page(html)
         assert all(attributes["data-key"] for attributes, _ in page.all("figure"))
         drawings = [attributes for attributes, _ in page.all("svg") if attributes.get("aria-hidden") != "true"]
-        assert len(drawings) == len(page.all("figure")) >= (8 if name == "run" else 4)
+        assert len(drawings) == len(page.all("figure")) >= {"run": 8, "several": 3, "sweep": 4}[name]
         assert all(attributes["role"] == "img" and len(attributes["aria-label"]) > 30 for attributes in drawings)
 
 

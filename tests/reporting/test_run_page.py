@@ -3,36 +3,59 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from measured_folders import status, summary, write_run
 
-from mini_distill.report import report
+from mini_distill.processes import this_host
+from mini_distill.report import main, report
 from mini_distill.reporting.figures import Figure, figures_table, seconds, text_of
 from mini_distill.reporting.measured import open_measured
-from mini_distill.reporting.run_page import curves, in_words, not_measured, tasks
+from mini_distill.reporting.run_page import curves, not_measured, tasks
 from mini_distill.reporting.settings import settings_tables
+from mini_distill.reporting.verdict import answers_of_run
 
 
 def words(folder: Path) -> str:
-    """The sentences on top."""
-    parts = [part for sentence in in_words(open_measured(folder)) for part in (*sentence, " ")]
+    """The answers on top."""
+    parts = [part for answer in answers_of_run(open_measured(folder)) for part in (answer.question, " ", *answer.parts, " ")]
     return "".join(part.text if isinstance(part, Figure) else part for part in parts)
 
 
 def test_the_words_say_what_the_figures_say(tmp_path: Path) -> None:
     said = words(write_run(tmp_path / "run"))
-    assert "has 33.3 % of the teacher's parameters and reads text 3.00 times as fast." in said
-    assert "same next token as the teacher at 41.7 % of the places." in said
-    assert "loses 1.000 nats per token more than the teacher; training took it 50.0 % of the way there" in said
-    assert "Distillation closes 28.6 % of what separates the same student" in said
+    assert "Did distillation help? Yes, in this run: on held-out text the student's loss is 0.400 nats per token lower" in said
+    assert "One seed cannot tell a small difference from chance." in said
+    assert "By how much? Perplexity 33.12 instead of the control's 49.40; the teacher's is 12.18. That closes 28.6 % of the gap" in said
+    assert "What was lost? Its loss is 1.000 nats per token higher than the teacher's." in said
+    assert "the same token the most likely at 41.7 % of the places. On blimp it gets 75.0 %, its teacher 85.0 %." in said
+    assert "What was saved? It has 33.3 % of the teacher's parameters and reads text 3.00 times as fast" in said
 
 
 def test_the_words_do_not_praise_what_did_not_help(tmp_path: Path) -> None:
-    worse = summary(3.5, 8) | {"control/gap_closed": -0.1, "control/kl_reduction": -0.2, "before/student_nll": 3.4}
+    worse = summary(3.5, 8) | {"control/student_nll": 3.4, "control/gap_closed": -0.11, "perf/student_tokens_per_second": 3000.0}
     said = words(write_run(tmp_path / "run", summary=worse))
-    assert "Distillation did not help: it closes -10.0 %" in said and "training made it worse" in said and "takes away" not in said
+    assert "No, not in this run" in said and "0.100 nats per token higher than the control's" in said
+    assert "closes -11.0 %" in said and "but reads text at 0.750 of the teacher's speed" in said
+
+
+def test_without_a_control_whether_it_helped_is_not_known(tmp_path: Path) -> None:
+    alone = {key: value for key, value in summary(3.5, 8).items() if not key.startswith("control/")}
+    said = words(write_run(tmp_path / "run", summary=alone))
+    assert "Not known: the same student was not trained without the teacher." in said
+    assert "Training took perplexity from 90.02 to 33.12: 50.0 % of the way to the teacher's, in loss." in said
+    assert "This run is a control" in words(write_run(tmp_path / "control", "objective=ce", summary=alone))
+
+
+def test_a_control_that_needs_no_teacher_leaves_no_gap_to_close(tmp_path: Path) -> None:
+    good = {key: value for key, value in summary(2.4, 8).items() if key != "control/gap_closed"} | {"control/student_nll": 2.45}
+    said = words(write_run(tmp_path / "run", summary=good))
+    assert "0.050 nats per token lower than the control's" in said and "0.100 nats per token lower than the teacher's" in said
+    assert "of the gap" not in said
 
 
 def test_what_was_not_measured_is_said_and_not_shown_as_nothing(tmp_path: Path) -> None:
@@ -49,28 +72,53 @@ def test_what_was_not_measured_is_said_and_not_shown_as_nothing(tmp_path: Path) 
     ):
         assert part in said
     assert "python -m mini_distill.evaluate model='" in said  # a path with a space, quoted
-    assert words(bare) == ""
+    assert (
+        words(bare) == "Did distillation help? Not known: the same student was not trained without the teacher. With control=true it is. "
+    )
     page = report([bare]).read_text(encoding="utf-8")
     for absent in ("Calibration", "Samples side by side", "What the models cost"):
         assert absent not in page
     everything = {what for what, _ in not_measured(open_measured(write_run(tmp_path / "whole")))}
-    assert everything == {"Spread: one run with one seed has no error bars."}
+    assert everything == {"Spread: one run with one seed has no error bars. Train it with other seeds, then:"}
 
 
 @pytest.mark.parametrize(
     ("state", "said"),
-    [("running", "not finished: its status says"), ("preempted", "was stopped at step 4"), ("failed", "failed at step 4: out of luck")],
+    [
+        ("running", "is still running at step 8 of 100."),
+        ("preempted", "was stopped at step 8 of 100."),
+        ("failed", "failed at step 8 of 100 (out of luck)."),
+    ],
 )
-def test_a_run_that_is_not_finished_is_shown_as_far_as_it_came(tmp_path: Path, state: str, said: str) -> None:
-    run = write_run(tmp_path / "run", summary=None, details=None, status=status(4, state, error="out of luck"))
-    page = report([run]).read_text(encoding="utf-8")
-    assert "".join(page.split("<em>")).replace("</em>", "").count(said) == 1
-    assert "Held-out loss" in page and "final figures are missing" in page
+def test_a_run_that_is_not_finished_is_shown_as_far_as_it_came(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], state: str, said: str
+) -> None:
+    run = write_run(
+        tmp_path / "run", summary=None, details=None, status=status(4, state, **({"error": "out of luck"} if state == "failed" else {}))
+    )
+    assert main([str(run)]) == 0
+    assert f"Not finished: {run} {said}" in capsys.readouterr().out
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert f"<strong>Not finished.</strong> This run {said}" in page
+    assert "Held-out loss" in page and "The final figures: they are measured when a run ends." in page
+
+
+def test_a_run_that_was_killed_is_not_said_to_be_running(tmp_path: Path) -> None:
+    """A killed process writes no status: hours later the page still said `running`."""
+    run = write_run(tmp_path / "run", summary=None, details=None, status=status(4, "running"))
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (run / ".lock").write_text(json.dumps({"pid": ended.pid, "host": this_host(), "started": "2026-01-02T03:04:05+00:00"}))
+    assert open_measured(run).unfinished.startswith("was killed at step 8 of 100.")
+    (run / ".lock").write_text(json.dumps({"pid": os.getpid(), "host": this_host(), "started": "2026-01-02T03:04:05+00:00"}))
+    assert open_measured(run).state == "running"
+    (run / ".lock").write_text(json.dumps({"pid": ended.pid, "host": "another", "started": "2026-01-02T03:04:05+00:00"}))
+    assert open_measured(run).state == "running"  # who lives on another host is not known here
 
 
 def test_the_teachers_level_is_beside_the_held_out_loss(tmp_path: Path) -> None:
     drawn = {drawing.chart.title: drawing for drawing in curves(open_measured(write_run(tmp_path / "run")))}
-    assert list(drawn) == ["Training loss", "Held-out loss", "KL to the teacher", "Top-1 agreement"]
+    assert list(drawn) == ["Held-out loss", "KL to the teacher", "Top-1 agreement", "Training loss"]
     assert [(name, y) for name, y, _ in drawn["Held-out loss"].chart.levels] == [("teacher", 2.5), ("control", 3.9)]
     assert len(drawn["Training loss"].chart.series[0].points) == 8
 
@@ -106,10 +154,23 @@ def test_stereotype_scores_have_their_distance_from_no_preference(tmp_path: Path
     assert "task/crows/age/student_from_half" not in report([run]).read_text(encoding="utf-8").partition("All other figures")[2]
 
 
-def test_the_figures_are_those_of_the_table_at_the_end_of_a_run(tmp_path: Path) -> None:
+def test_a_task_of_the_harness_is_one_line(tmp_path: Path) -> None:
+    """`task/quiz/student` is the main metric, which `task/quiz/acc/student` has once more: both were rows."""
+    figures = {f"task/quiz/{name}{model}": 0.5 for name in ("", "acc/") for model in ("teacher", "student")}
+    figures |= {f"task/quiz/acc_norm/{model}": 0.6 for model in ("teacher", "student")}
+    groups = [{"label": name, "teacher": 0.5, "student": 0.5} for name in ("acc", "acc_norm")]
+    run = write_run(tmp_path / "run", summary=figures, details={"tasks": {"quiz": {"kind": "acc", "groups": groups}}})
+    table = tasks(open_measured(run))
+    assert table is not None and [row[0] for row in table.rows] == ["quiz (acc)", "quiz / acc_norm"]
+    assert "task/quiz/acc/student" not in report([run]).read_text(encoding="utf-8")
+
+
+def test_the_student_comes_first_where_a_narrow_screen_shows_it(tmp_path: Path) -> None:
+    """On a telephone the last of four columns, the student's, lay beyond the edge."""
     table = figures_table(open_measured(write_run(tmp_path / "run")))
-    assert table is not None and list(table.header) == ["", "teacher", "student before", "control", "student after"]
-    assert [cell.text if isinstance(cell, Figure) else cell for cell in table.rows[0]] == ["perplexity", "12.18", "90.02", "49.40", "33.12"]
+    assert table is not None and list(table.header) == ["", "student after", "control", "teacher", "student before"]
+    first = [cell.text if isinstance(cell, Figure) else cell for cell in table.rows[0]]
+    assert first == ["perplexity\u00a0↓", "33.12", "49.40", "12.18", "90.02"]
 
 
 def test_settings_that_differ_from_the_defaults_come_first(tmp_path: Path) -> None:

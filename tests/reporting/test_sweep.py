@@ -39,6 +39,23 @@ def test_runs_are_ranked_by_held_out_loss_or_another_metric(sweep: Path) -> None
     assert [group.number for group in other.groups] == [1, 2, 3, 4]
 
 
+def test_the_runs_own_choice_of_the_best_ranks_them_as_it_guides_a_search(tmp_path: Path) -> None:
+    """The page ranked by the held-out loss whatever the runs were told, and named another best than Optuna had found."""
+    for name, temperature, nll in (("a", 1, 3.0), ("b", 2, 3.1)):
+        figures = summary(nll, 8) | {"eval/top1_agreement": nll / 10, "eval/layers": nll}
+        for sweep, best in (("agree", "eval/top1_agreement"), ("hook", "eval/layers")):
+            choice = f"evaluation.best_metric={best}", "evaluation.best_is=highest", f"objective.temperature={temperature}"
+            write_run(tmp_path / sweep / name, *choice, summary=figures)
+        write_run(tmp_path / "disagree" / name, f"evaluation.best_is={'highest' if name == 'a' else 'lowest'}", summary=figures)
+    found = {name: open_sweep(tmp_path / name) for name in ("agree", "hook", "disagree")}
+    assert {name: (sweep.metric, sweep.highest, sweep.best.name) for name, sweep in found.items()} == {
+        "agree": ("eval/top1_agreement", True, "b"),
+        "hook": ("eval/layers", True, "b"),
+        "disagree": ("eval/student_nll", False, "a"),
+    }
+    assert open_sweep(tmp_path / "hook", "eval/layers").highest and not open_sweep(tmp_path / "hook", "eval/forward_kl").highest
+
+
 def test_the_effect_of_a_setting_is_the_mean_over_the_others(sweep: Path) -> None:
     found = open_sweep(sweep)
     temperature, weight = sorted(effects(found), key=lambda drawing: drawing.chart.title, reverse=True)
@@ -54,6 +71,12 @@ def test_a_grid_with_a_hole_is_said_to_have_one(sweep: Path) -> None:
     assert "Not every combination is there" in report([sweep]).read_text(encoding="utf-8")
 
 
+def test_a_job_that_failed_is_a_hole_though_nothing_else_is_missing(sweep: Path) -> None:
+    """With both jobs of a third temperature missing, the page said that every combination is there."""
+    write_run(sweep / "T4" / "w0.9", "objective.temperature=4", "objective.kl_weight=0.9", summary=None, status=status(0, "failed"))
+    assert not is_full_grid(open_sweep(sweep))
+
+
 def test_presets_stand_for_the_settings_they_bring(tmp_path: Path) -> None:
     for student, size in (("mini_2m", 2e6), ("mini_125m", 1e8), ("mini_15m", 1e7)):
         for seq_len in (128, 256):
@@ -66,6 +89,22 @@ def test_presets_stand_for_the_settings_they_bring(tmp_path: Path) -> None:
     }
     assert list(effects(found)[0].chart.categories) == ["mini_2m", "mini_15m", "mini_125m"]  # by size
     assert is_full_grid(found)
+
+
+def test_names_have_no_order_to_be_joined_by_a_line(tmp_path: Path) -> None:
+    """A line ran from one preset to the next, as if there were something between them."""
+    for student in ("mini_2m", "mini_15m"):
+        for rate in (0.1, 0.2):
+            write_run(tmp_path / "sweep" / f"{student}-{rate}", f"student={student}", f"trainer.learning_rate={rate}")
+    joined = {drawing.chart.title: drawing.chart.series[0].line for drawing in effects(open_sweep(tmp_path / "sweep"))}
+    assert joined == {"student": False, "trainer.learning_rate": True}
+
+
+def test_the_command_names_no_teacher_that_was_not_there(tmp_path: Path) -> None:
+    """All presets of `kind: hf` are as near to a teacher of one's own, and gpt2 came first in the alphabet."""
+    write_run(tmp_path / "sweep" / "a", "teacher=hf", "teacher.path=/home/me/models/mine")
+    command = open_sweep(tmp_path / "sweep").command
+    assert "teacher=hf" in command and "…/models/mine" in command and "/home" not in command
 
 
 def test_many_values_are_an_axis_of_numbers(tmp_path: Path) -> None:
@@ -88,7 +127,7 @@ def test_failed_damaged_and_unfinished_jobs_are_listed_with_their_reason(sweep: 
     write_run(sweep / "other", summary={"eval/forward_kl": 0.5})
     missing = {entry.name: (entry.state, entry.why) for entry in open_sweep(sweep).missing}
     assert missing["failed"] == ("failed", "data.path: no such file.")
-    assert missing["going"] == ("running", "at step 4 of 40")
+    assert missing["going"] == ("running", "at step 8 of 40")  # status.json is behind the rows
     assert missing["damaged"][0] == "damaged" and "summary.json:1: not JSON" in missing["damaged"][1]
     assert missing["early"] == ("failed", "teacher.path: not there.")
     assert missing["never"] == ("failed", "data.path: no such folder.") and len(missing) == 6

@@ -15,29 +15,36 @@ from faults.injection import killed_before_operation, with_file_size_limit
 
 from mini_distill.errors import CacheError, StorageError
 from mini_distill.storage import atomic_folder, remove_stale_temporaries
+from mini_distill.teachers.bit_packing import pack
 from mini_distill.teachers.cache_files import (
     CHECKSUMS,
     MARK,
     SEQUENCE_STARTS,
     Columns,
+    Reading,
     Shard,
     Side,
     join,
-    pack_ids,
     to_array,
     to_tensor,
-    unpack_ids,
     write_columns,
 )
 
 
 def columns_of(side: Side, shard: int) -> Columns:
-    """Sequence i has i supervised tokens, each with its number as the value."""
+    """Sequence i has i supervised tokens, each with its number as the value, and packed in five bits."""
     numbers = side.sequences_of(shard)
     values = np.concatenate([np.full(i, i, dtype=np.float32) for i in numbers])
+    packed = np.concatenate([pack(np.full(i, i), 5) for i in numbers])
     starts = np.concatenate([[0], np.cumsum(list(numbers))]).astype(np.int64)
     sums = np.array(list(numbers), dtype=np.uint32)
-    return {"values": values, SEQUENCE_STARTS: starts, CHECKSUMS: sums, MARK: side.mark(shard)}
+    return {"values": values, "packed": packed, SEQUENCE_STARTS: starts, CHECKSUMS: sums, MARK: side.mark(shard)}
+
+
+def check(shard: Shard) -> None:
+    """That the columns are these."""
+    shard.check_rows("values", np.float32)
+    shard.check_packed("packed", shard.tokens_of_each, 5)
 
 
 def write(side: Side, shard: int) -> None:
@@ -49,7 +56,7 @@ def write(side: Side, shard: int) -> None:
 @pytest.fixture
 def side(tmp_path: Path) -> Side:
     """Ten sequences in shards of four: 4, 4 and 2."""
-    side = Side(tmp_path, "train", 10, 4, "identity")
+    side = Side(tmp_path, "train", 10, 4, "identity", check)
     for number in range(side.num_shards):
         write(side, number)
     return side
@@ -62,7 +69,27 @@ def test_every_sequence_is_found_in_its_shard(side: Side) -> None:
     assert side.num_shards == 3 and side.sequences_of(2) == range(8, 10) and side.damaged() == {}
     for number in (9, 0, 5, 4, 3, 9):
         shard, place = side.locate(number)
-        assert shard.checksums[place] == number and shard["values"][shard.tokens(place)].tolist() == [number] * number
+        assert shard.checksums[place] == number and shard.part("values", place).tolist() == [number] * number
+
+
+@pytest.mark.parametrize("numbers", [[3], [0], [7, 2, 9], [0, 5, 5, 0], list(range(10)), []])
+def test_sequences_are_read_in_the_order_asked_for_from_whatever_shards(side: Side, numbers: list[int]) -> None:
+    reading = Reading([side.locate(number) for number in numbers])
+    wanted = [number for number in numbers for _ in range(number)]
+    assert reading.num_tokens == len(wanted) and reading.of_sequences(CHECKSUMS).tolist() == numbers
+    assert reading.packed("packed", reading.tokens_of_each, 5).tolist() == wanted
+    if numbers:
+        assert reading.rows("values").tolist() == wanted
+        assert [int(reading.shard_of(token).folder.name[-1]) for token in range(len(wanted))] == [number // 4 for number in wanted]
+
+
+def test_what_was_read_and_is_not_good_is_said_of_its_own_shard(side: Side) -> None:
+    reading = Reading([side.locate(number) for number in (2, 5, 9)])
+    reading.check(reading.rows("values") > 0, "values", lambda _: "are not numbers")
+    with pytest.raises(CacheError, match=r"shard-00001: values hold 5\.0\. Delete this folder"):
+        reading.check(reading.rows("values") != 5, "values", lambda token: f"hold {reading.rows('values')[token]}")
+    with pytest.raises(CacheError, match=r"shard-00002: values are of nine"):
+        reading.check_sequences(np.array([True, True, False]), "values", "are of nine")
 
 
 def test_one_shard_may_hold_more_than_there_is(tmp_path: Path) -> None:
@@ -132,11 +159,29 @@ def test_sequences_without_a_place_of_their_own_are_refused(side: Side, change: 
         side.locate(0)
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("values", lambda v: v[:-1], r"values has shape \(5,\) of float32, expected \(6,\)"),
+        ("values", lambda v: v.astype(np.float64), "values has shape .* of float64"),
+        ("packed", lambda v: v[:-1], r"packed has shape \(4,\) of uint8, expected \(5,\)"),
+        ("packed", lambda v: np.append(v, v[:1]), r"packed has shape \(6,\)"),
+        ("packed", lambda v: v.astype(np.int8), "packed has shape .* of int8"),
+    ],
+)
+def test_columns_of_another_length_or_type_are_refused(
+    side: Side, name: str, change: Callable[[np.ndarray], np.ndarray], words: str
+) -> None:
+    change_column(side.folder(0), name, change)
+    with pytest.raises(CacheError, match=words):
+        side.locate(3)
+
+
 def test_what_cannot_be_mapped_is_one_line(side: Side) -> None:
     change_column(side.folder(0), "values", lambda v: v.astype("<U3"))
     (side.folder(0) / "values.npy").write_bytes(b"not an array")
     with pytest.raises(CacheError, match=r"values.npy: cannot be read"):
-        side.locate(0)[0]["values"]
+        side.locate(0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------- writing
@@ -187,37 +232,18 @@ def test_a_shard_killed_anywhere_in_its_writing_is_whole_or_missing(tmp_path: Pa
 # ------------------------------------------------------------------------------------------------------------------- conversions
 
 
-@pytest.mark.parametrize("vocab", [300, 65536, 65537, 200_000])
-def test_token_numbers_come_back(vocab: int, tmp_path: Path) -> None:
-    ids = torch.tensor([0, 1, 255, 256, vocab - 1, min(vocab - 1, 65535), min(vocab - 1, 65536)])
-    columns = pack_ids("ids", ids, vocab)
-    assert sum(column.itemsize for column in columns.values()) == (2 if vocab <= 65536 else 3)
-    starts = {SEQUENCE_STARTS: np.array([0, 7]), CHECKSUMS: np.zeros(1, dtype=np.uint32)}
-    write_columns(tmp_path, columns | starts)
-    assert torch.equal(unpack_ids(Shard(tmp_path), "ids", slice(0, 7)), ids)
-    assert torch.equal(unpack_ids(Shard(tmp_path), "ids", slice(3, 6)), ids[3:6])
-    assert unpack_ids(Shard(tmp_path), "ids", slice(2, 2)).dtype == torch.int64
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_tensors_come_back_to_the_bit(dtype: torch.dtype) -> None:
     tensor = torch.randn(4, 3).to(dtype)
     assert torch.equal(to_tensor(to_array(tensor)), tensor) and to_tensor(to_array(tensor)).dtype == dtype
 
 
-def test_a_tensor_read_is_a_copy(side: Side) -> None:
+def test_what_was_read_is_a_copy(side: Side) -> None:
     """A view of the file would change when the shard is made again, and a write to it would end the process."""
-    shard, place = side.locate(3)
-    to_tensor(shard["values"][shard.tokens(place)]).zero_()
-    assert shard["values"][shard.tokens(place)].tolist() == [3, 3, 3]
+    reading = Reading([side.locate(3)])
+    to_tensor(reading.rows("values")).zero_()
+    assert reading.rows("values").tolist() == [3, 3, 3]
 
 
 def test_joining_keeps_the_order() -> None:
     assert join([{"a": np.array([1])}, {"a": np.array([2, 3])}])["a"].tolist() == [1, 2, 3] and join([]) == {}
-
-
-@pytest.mark.parametrize("at_once", [1, 3, 7, 1000])
-def test_blocks_cover_every_sequence_once(at_once: int, side: Side, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mini_distill.teachers.cache_files.TOKENS_AT_ONCE", at_once)
-    blocks = list(side.locate(0)[0].blocks())
-    assert [i for block in blocks for i in range(block.start, block.stop)] == [0, 1, 2, 3]

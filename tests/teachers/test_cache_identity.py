@@ -17,7 +17,7 @@ DATA = {"source": "jsonl", "rows": "abc", "seq_len": 32, "parts": {"a": 1, "b": 
 
 
 def identity_of(**settings: Any) -> dict[str, Any]:
-    return identity(CacheConfig(**settings), data=DATA, tokenizer="t", weights="w", dtype="float32", precision="no")
+    return identity(CacheConfig(**settings), data=DATA, tokenizer="t", teacher={"weights": "w", "dtype": "float32"}, precision="no")
 
 
 def refused(cached: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
@@ -85,7 +85,9 @@ def test_each_difference_is_one_problem_with_its_full_path(path: tuple[str, ...]
 
 
 def test_all_differences_are_told_at_once() -> None:
-    other = identity(CacheConfig(k=8, seed=3), data={**DATA, "rows": "x"}, tokenizer="u", weights="w", dtype="float32", precision="no")
+    other = identity(
+        CacheConfig(k=8, seed=3), data={**DATA, "rows": "x"}, tokenizer="u", teacher={"weights": "w", "dtype": "float32"}, precision="no"
+    )
     assert [line.split(": ")[1] for line in refused(identity_of(), other)] == ["cache.k", "cache.seed", "data.rows", "tokenizer"]
 
 

@@ -14,6 +14,7 @@ from mini_distill.config import ObjectiveConfig, TermConfig
 from mini_distill.data.batch import Batch
 from mini_distill.digest import digest_run
 from mini_distill.errors import ConfigError
+from mini_distill.losses.attention import relation_kl
 from mini_distill.losses.divergences import forward_kl
 from mini_distill.losses.hidden import hidden_mse
 from mini_distill.losses.objective import Objective
@@ -67,6 +68,21 @@ def test_the_sum_is_that_over_supervised_positions_averaged_over_pairs(tiny_llam
     mask = loss_mask(data.labels)
     each = [hidden_mse(ours[mask], theirs[mask]).sum() for ours, theirs in zip(seen[:2], seen[2:], strict=True)]
     torch.testing.assert_close(value, (each[0] + each[1]) / 2)
+
+
+def test_relations_of_queries_keys_and_values_are_added_up(tiny_llama: Any) -> None:
+    """MiniLMv2's loss; the mean of the three was taken, a third of it."""
+    student, teacher, data = LanguageModel(tiny_llama(seed=0)), tiny_llama(seed=1), batch()
+    options = {"num_relation_heads": 2}
+    matching = Matching({"r": TermConfig(kind="relation_kl", options=options)}, student.model, teacher, seed=0)
+    with matching.watching():
+        student(data)
+        OnlineTeacher(teacher)(data)
+        (value,) = matching.sums(data).values()
+        states = [(matching.student_states[key], matching.teacher_states[key]) for key in (("query", 1), ("key", 1), ("value", 1))]
+    mask = loss_mask(data.labels)
+    each = [relation_kl(ours, theirs, data.position_ids, **options)[mask].sum() for ours, theirs in states]
+    torch.testing.assert_close(value, torch.stack(each).sum())
 
 
 def test_matching_alone_trains_every_weight_it_can_reach(tiny_llama: Any) -> None:

@@ -7,11 +7,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from caches import read_back
 from torch import Tensor
 
 from mini_distill.config import CacheConfig
-from mini_distill.teachers.cache_files import Columns, Shard
-from mini_distill.teachers.cache_kinds import Sampled, entry_starts
+from mini_distill.teachers.bit_packing import unpack
+from mini_distill.teachers.cache_kinds import Sampled
 from mini_distill.teachers.sampling import Entries, draw, entropy, level_table, threshold_sample, to_levels
 
 VOCAB = 40
@@ -212,22 +213,9 @@ def test_entropy_of_impossible_tokens_is_nothing() -> None:
 # ------------------------------------------------------------------------------------------------------- what comes off the disk
 
 
-class InMemory(Shard):
-    """A shard of one sequence that was never written."""
-
-    def __init__(self, columns: Columns) -> None:
-        self._columns, self.starts = columns, columns["starts"]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._columns
-
-
 def through_the_cache(kind: Sampled, probs: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
     """The weights over the vocabulary, and the entropies, after encoding and decoding."""
-    starts = np.array([0, len(probs)])
-    columns = kind.encode(probs.log(), torch.zeros(len(probs), 1), random)
-    shard = InMemory(columns | entry_starts(columns, starts) | {"starts": starts})
-    rows = kind.decode([(shard, 0)], torch.device("cpu")).all_rows
+    rows = read_back(kind, kind.encode(probs.log(), torch.zeros(len(probs), 1), random), len(probs))
     found = torch.zeros(len(probs), VOCAB, dtype=torch.float64)
     tokens = torch.arange(len(probs)).repeat_interleave(rows.offsets.diff())
     return found.index_put_((tokens, rows.ids), rows.weights.double(), accumulate=True), rows.entropy.double()
@@ -251,10 +239,19 @@ def test_what_is_read_back_is_unbiased_too(name: str, settings: dict[str, object
 
 
 @pytest.mark.parametrize("settings", [{}, {"sampling": "draws"}])
-def test_as_many_entries_as_a_byte_can_count(settings: dict[str, object]) -> None:
+@pytest.mark.parametrize("k", [1, 15, 16, 255])
+def test_as_many_entries_as_the_bits_of_a_count_can_hold(k: int, settings: dict[str, object]) -> None:
     """A flat row with k = 255: rounding made 256 tail entries of it, which a byte holds as 0, and all later entries moved."""
-    kind = Sampled(CacheConfig(kind="sampled", k=255, **settings), VOCAB)
+    kind = Sampled(CacheConfig(kind="sampled", k=k, **settings), 30_000)
     flat = torch.full((2, 30_000), 1 / 30_000) * (1 + 2e-7)
     columns = kind.encode(flat.log(), torch.zeros(2, 1), generator())
+    packed = kind.pack(columns)
     for name in ("head", "tail"):
-        assert int(columns[f"{name}_counts"].sum(dtype=np.int64)) == len(columns[f"{name}_ids"])
+        counts = unpack([packed[f"{name}_counts"]], np.array([2]), kind.count_bits[name])
+        assert counts.sum() == len(columns[f"{name}_ids"]) == packed[f"{name}_entries"][0]
+
+
+def test_fifty_draws_take_as_many_bits_as_they_need() -> None:
+    """Counts up to 50 are 6 bits, and a token of 128,256 is 17: a dozen entries are published as 36 bytes."""
+    kind = Sampled(CacheConfig(kind="sampled", k=50, sampling="draws"), 128_256)
+    assert (kind.count_bits, kind.level_bits, kind.id_bits) == ({"head": 6, "tail": 0}, 6, 17)

@@ -47,6 +47,13 @@ def test_every_difference_is_named_with_both_values_and_what_to_do() -> None:
     ]
 
 
+def test_of_a_finished_run_no_new_value_is_offered_as_there_is_no_step_to_use_it_in() -> None:
+    with pytest.raises(ConfigError) as caught:
+        compare_fingerprints(fingerprints(), fingerprints(tokenizer="u"), finished=True)
+    line = 'tokenizer: got "u", and the run, which has finished, has "t". Give the old value back, or start anew with resume=never or another output_dir.'
+    assert str(caught.value) == line
+
+
 @pytest.mark.parametrize(
     "key",
     [

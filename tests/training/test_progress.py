@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import io
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from mini_distill.onlooker import CELL_COLUMNS, bar
 from mini_distill.training import progress as module
 from mini_distill.training.progress import TrainingProgress, describe
 
@@ -17,6 +18,7 @@ METRICS = {
     "eval/ce": 1.0,
     "train/tokens": 900,
 }
+ALL = {"train/loss": 2.34567, "train/forward_kl": 0.25, "train/ce": 4.4413, "train/grad_norm": 1.1873, "train/learning_rate": 1e-3}
 
 
 class Terminal(io.StringIO):
@@ -69,17 +71,53 @@ def test_a_terminal_gets_one_live_line_that_starts_where_the_run_goes_on(monkeyp
     assert "\r" in text and "5/10" in text and "10/10" in text and "evaluating …\n" in text and "loss 2.346" in text
 
 
-def test_a_notebook_gets_a_live_line_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cell's stderr is no terminal, but `\\r` begins its line anew."""
-    kernel = ModuleType("ipykernel.iostream")
-    kernel.OutStream = io.StringIO  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "ipykernel.iostream", kernel)
-    stderr = use(io.StringIO(), monkeypatch)
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        (200, "loss 2.35, forward_kl 0.25, ce 4.44, grad_norm 1.19, lr 0.001, tokens/s 5235"),
+        (100, "loss 2.35, forward_kl 0.25, ce 4.44, lr 0.001, tokens/s 5235"),
+        (80, "loss 2.35, forward_kl 0.25, ce 4.44"),
+        (60, "loss 2.35"),
+    ],
+)
+def test_a_narrow_terminal_gets_fewer_terms_and_still_a_bar(columns: int, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The terms took the whole line: a bar of one column, and the last of them cut off, in a terminal of a hundred columns."""
+    stderr = use(Terminal(), monkeypatch)
+    with TrainingProgress(200, first_step=1) as progress:
+        progress._bar.dynamic_ncols = lambda _: (columns, 24)
+        progress.update(100, {**ALL, "perf/tokens_per_second": 5234.6})
+    line = stderr.getvalue().rstrip("\n").split("\r")[-1]
+    assert line.endswith(f", {shown}]") and len(line) == columns and line.partition("|")[2].index("|") >= 8
+
+
+def test_a_notebook_gets_one_line_whatever_is_within_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each evaluation left a stale line of training and two of its own: a cell does not go up to where the outer bar is."""
+    pytest.importorskip("IPython", reason="needs the extra mini_distill[notebooks]")
+    lines = displays(monkeypatch)
     with TrainingProgress(10) as progress:
         for step in range(1, 11):
             progress.update(step, METRICS)
-    text = stderr.getvalue()
-    assert "\r" in text and "10/10" in text and "loss 2.346" in text and max(map(len, text.split("\r"))) <= 121
+            for _ in bar(range(3), desc="evaluating", leave=False):
+                pass
+    ((*before, last),) = lines
+    assert any("evaluating" in text for text in before) and "10/10" in last and "loss 2.35" in last and len(last) <= CELL_COLUMNS
+    assert not sys.stderr.getvalue()  # type: ignore[attr-defined]  # it is on red in a cell
+
+
+def displays(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Pretends that stderr is a cell's; what each display that is made shows, one text after the other."""
+    kernel = ModuleType("ipykernel.iostream")
+    kernel.OutStream = io.StringIO  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "ipykernel.iostream", kernel)
+    use(io.StringIO(), monkeypatch)
+    made: list[list[str]] = []
+
+    def display(data: dict[str, str], **_: object) -> SimpleNamespace:
+        made.append(texts := [data["text/plain"]])
+        return SimpleNamespace(update=lambda data, **_: texts.append(data["text/plain"]))
+
+    monkeypatch.setattr("IPython.display.display", display)
+    return made
 
 
 @pytest.mark.parametrize("stream", [Terminal, io.StringIO])

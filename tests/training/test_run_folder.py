@@ -247,6 +247,48 @@ def test_going_on_from_a_step_drops_the_rows_beyond_it_and_a_torn_one(tmp_path: 
         assert run.metrics() == []
 
 
+def test_what_a_checkpoint_keeps_of_the_rows_is_the_same_after_a_restart_and_a_rewriting(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, CONFIG) as run:
+        run.log_metrics(0, {})  # nothing was held out
+        for step in range(1, 4):
+            run.log_metrics(step, {"train/loss": 1 / 3 / step, "train/ce": float("nan")})
+        sealed = run.seal_metrics(3)
+        run.log_metrics(4, {"train/loss": 0.1})
+    with RunFolder(tmp_path, CONFIG) as run:
+        run.check_metrics(3, sealed)
+        run.truncate_metrics(3)
+        assert run.seal_metrics(3) == sealed and sealed["rows"] == 3
+        run.log_metrics(3, {"eval/ce": 0.5})  # which a signal had cut short
+        run.check_metrics(3, sealed)
+        assert run.seal_metrics(4) != sealed
+        run.log_metrics(3, {"train/loss": 0.2})  # in place of what was there
+        assert run.seal_metrics(3) != sealed
+        with pytest.raises(StorageError, match="not the rows up to step 3"):
+            run.check_metrics(3, sealed)
+
+
+def test_rows_are_durable_before_a_checkpoint_counts_on_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    original = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: (synced.append(os.readlink(f"/proc/self/fd/{number}")), original(number))[1])
+    with RunFolder(tmp_path, CONFIG) as run:
+        run.log_metrics(1, {"train/loss": 1.0})
+        synced.clear()
+        run.seal_metrics(1)
+        assert synced == [str(tmp_path / "metrics.jsonl")]
+
+
+def test_that_a_step_was_saved_is_in_the_status_at_once_and_stays_there(tmp_path: Path) -> None:
+    """It tells a run whose checkpoints are gone from one that was killed before its first."""
+    with RunFolder(tmp_path, CONFIG) as run:
+        run.set_step(1)
+        assert status(tmp_path)["saved_step"] == 0
+        run.note_saved(2)
+        assert status(tmp_path)["saved_step"] == status(tmp_path)["step"] == 2
+    with RunFolder(tmp_path, CONFIG):
+        assert status(tmp_path)["saved_step"] == 2
+
+
 def test_a_line_that_is_no_row_is_named(tmp_path: Path) -> None:
     run_once(tmp_path, rows=1)
     with open(tmp_path / "metrics.jsonl", "a") as file:

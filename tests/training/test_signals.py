@@ -37,13 +37,13 @@ def running(after: str = "") -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143)])
 def test_a_signal_lets_the_step_finish_and_the_run_save(number: signal.Signals, code: int) -> None:
     with running() as process:
         process.send_signal(number)
         out, err = process.communicate(timeout=10)
     assert (process.returncode, out) == (code, f"saved {number.name}\n")
-    assert len(err.strip().splitlines()) == 1 and f"{number.name}: finishing the step, then saving" in err
+    assert len(err.strip().splitlines()) == 1 and f"{number.name}: finishing what is under way, then saving" in err
 
 
 def test_a_second_ctrl_c_stops_at_once() -> None:
@@ -66,6 +66,19 @@ def test_one_press_that_arrives_twice_and_repeated_sigterms_do_not_cut_the_save_
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=10)
     assert process.returncode == 130
+
+
+@pytest.mark.parametrize("when", ["before", "within"])
+def test_one_within_another_hears_what_the_other_does(when: str) -> None:
+    """A run that writes its targets first lost a SIGTERM that came to the one or to the other: it waited, or trained, for ever."""
+    with StopRequest() as outer:
+        if when == "before":
+            os.kill(os.getpid(), signal.SIGTERM)
+        with StopRequest() as inner:
+            if when == "within":
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert inner.requested and inner.exit_code == 143
+        assert outer.requested and outer.signal_name == "SIGTERM"
 
 
 def test_the_old_handlers_are_put_back() -> None:
