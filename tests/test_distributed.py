@@ -143,8 +143,8 @@ def test_another_number_of_processes_is_another_batch_and_refused(
     folder = copy_of(single, tmp_path / "run")
     assert in_processes(2, lambda rank: run(tiny_command, folder)) == [2, 2]
     errors = capfd.readouterr().err
-    assert "global_batch_size: got 8, and the run to be resumed has 4" in errors
-    assert "world_size: got 2, and the run to be resumed has 1. Give the old value back, add resume_allow=[world_size] to" in errors
+    assert "global_batch_size: got 8, and the run, which has finished, has 4" in errors
+    assert "world_size: got 2, and the run, which has finished, has 1." in errors
 
 
 @forks
