@@ -73,11 +73,12 @@ def print_table(arguments: argparse.Namespace) -> None:
     print("| run | memory: predicted | measured | | step: predicted | measured | |\n|:--|" + 6 * "--:|")
     for name, of_run in passes.items():
         memory, seconds = ([median(one[who][what] for one in of_run) for who in ("plan", "real")] for what in ("bytes", "seconds"))
-        print(f"| {' | '.join([name, *compared(*memory, '{:.0f} MB', 1e-6), *compared(*seconds, '{:.2f} s')])} |")
+        print(f"| {' | '.join([name, *compared(memory, '{:.0f} MB', 1e-6), *compared(seconds, '{:.2f} s')])} |")
 
 
-def compared(predicted: float, measured: float, text: str, unit: float = 1.0) -> list[str]:
-    """Both, and how much more was predicted."""
+def compared(both: list[float], text: str, unit: float = 1.0) -> list[str]:
+    """What was predicted and what was measured, and how much more was predicted."""
+    predicted, measured = both
     return [text.format(predicted * unit), text.format(measured * unit), f"{predicted / measured - 1:+.0%}"]
 
 
