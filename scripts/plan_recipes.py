@@ -15,7 +15,7 @@ import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,12 +138,19 @@ def _of_block(text: str, heading: str) -> Iterator[Recipe]:
 
 def overrides_of_plan(recipe: Recipe, folder: Path) -> list[str]:
     """The recipe's own settings for `plan`, about the GPU above, with models and data of `folder` in place of the real ones."""
-    given = recipe.given
-    preset = yaml.safe_load((CONFIGS / "teacher" / f"{given['teacher']}.yaml").read_text(encoding="utf-8"))
-    overrides = [*recipe.overrides, f"teacher.path={model_folder(given.get('teacher.path', preset.get('path')), folder)}"]
+    given, overrides = recipe.given, list(recipe.overrides)
+    if (repository := teacher_of(given)) is not None:
+        overrides.append(f"teacher.path={model_folder(repository, folder)}")
     if "student.path" in given:
         overrides.append(f"student.path={model_folder(given['student.path'], folder)}")
     return [*overrides, *_data(given, folder), *GPU, f"plan.num_devices={recipe.num_devices}"]
+
+
+def teacher_of(given: Mapping[str, str]) -> str | None:
+    """The teacher's repository: its own, or its preset's; None: there is no teacher."""
+    preset = yaml.safe_load((CONFIGS / "teacher" / f"{given['teacher']}.yaml").read_text(encoding="utf-8"))
+    found: str | None = given.get("teacher.path", preset.get("path"))
+    return found
 
 
 def model_folder(repository: str, folder: Path) -> Path:
@@ -210,21 +217,25 @@ def settings(recipe: Recipe) -> list[str]:
     given = recipe.given
     micro, passes, seq_len = (int(given[name]) for name in ("trainer.micro_batch_size", "trainer.grad_accum_steps", "data.seq_len"))
     anchor = re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", recipe.heading.lower()))
-    return [f"[{recipe.heading}](#{anchor})", names(recipe), str(recipe.num_devices), f"{micro} · {passes} × {seq_len:,}"]
+    return [
+        f"[{recipe.heading.partition(' (')[0]}](#{anchor})",
+        names(recipe),
+        str(recipe.num_devices),
+        f"{micro} · {passes} × {seq_len:,}",
+    ]
 
 
 def names(recipe: Recipe) -> str:
     """Llama 3 8B → `mini_1b`."""
-    given = recipe.given
-    preset = yaml.safe_load((CONFIGS / "teacher" / f"{given['teacher']}.yaml").read_text(encoding="utf-8"))
-    student = given["student"]
+    given, student = recipe.given, recipe.given["student"]
     if student == "hf":
         student = MODELS[given["student.path"]][0]
     elif student == "from_teacher":
         student = f"{given['student.num_layers']} of its layers"
     else:
         student = f"`{student}`"
-    return f"{MODELS[given.get('teacher.path', preset['path'])][0]} → {student}"
+    teacher = teacher_of(given)
+    return f"{MODELS[teacher][0] if teacher is not None else 'its answers'} → {student}"
 
 
 def duration(seconds: float) -> str:
