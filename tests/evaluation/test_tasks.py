@@ -210,6 +210,7 @@ def test_what_cannot_be_scored_is_one_line_before_a_model_is_loaded(jsonl: Any, 
     assert f"{blank}:1: no text in the column 'sentence_bad'" in line(pairs={"a": {"path": blank}})
     assert "unknown setting" in line(pairs={"a": {"path": blank, "colour": 1}})
     assert "expected a mapping" in line(pairs={"a": blank})
+    assert line(pairs={"a": {"pth": blank}}).endswith("Did you mean 'evaluation.pairs.a.path'?")  # not data.path
     good = jsonl(QUESTIONS)
     assert "no list of two answers" in line(choices={"q": {"path": good, "choices_column": "topic"}})
     assert "got 7 in the column 'answer'" in line(choices={"q": {"path": jsonl([{**QUESTIONS[0], "answer": 7}])}})
