@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import Config
+from .data.batch import Batch
 from .data.loader import TrainingBatches, evaluation_batches
 from .data.prepare import PreparedData, prepare_data
 from .data.tokenizers import check_same_tokenizer, tokenizer_fingerprint, vocabulary_size
@@ -33,6 +34,7 @@ from .models.loading import load_tokenizer
 from .models.packed_documents import check_documents_kept_apart
 from .redaction import redact
 from .students.build import TeacherSizes, build_student
+from .teachers.asked_ahead import asked_ahead
 from .teachers.cache_files import Side
 from .teachers.cache_identity import digest
 from .teachers.cached import CachedTeacher
@@ -113,6 +115,17 @@ class Distillation:
         """One row of metrics.jsonl, and the tracker."""
         self.run.log_metrics(step, metrics)
         self.tracker.log(step, metrics)
+
+    @contextmanager
+    def steps(self, first: int) -> Iterator[Iterator[list[Batch]]]:
+        """The micro-batches of step `first` and of all after it, on the device; a cache or a server is asked about them a step ahead."""
+        numbers = range(first, self.config.trainer.max_steps + 1)
+        steps = ([batch.to(self.accelerator.device) for batch in step] for _, step in zip(numbers, self.batches.steps(first), strict=False))
+        if isinstance(self.teacher, CachedTeacher | ServerTeacher) and self.objective.needs_teacher:
+            with asked_ahead(self.teacher, steps) as announced:
+                yield announced
+        else:
+            yield steps
 
     def progress(self, last_step: int) -> TrainingProgress:
         """The live line of the training loop."""

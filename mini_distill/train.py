@@ -85,13 +85,12 @@ def training_loop(d: Distillation, last_step: int) -> None:
     if last_step == 0 or (_evaluates(last_step, trainer) and d.lacks_evaluation(last_step)):
         d.catch_up(last_step)  # the student before; or what a signal has cut short
     d.stop_if_asked(last_step, is_saved=True)
-    batches = d.batches.steps(first_step=last_step + 1)
-    with d.progress(last_step) as progress:
+    with d.progress(last_step) as progress, d.steps(last_step + 1) as steps:
         for step in range(last_step + 1, trainer.max_steps + 1):
             started = perf_counter()
             note(step)
             seed_step(d.config.seed, step, d.accelerator.process_index)
-            micro_batches = [batch.to(d.accelerator.device) for batch in next(batches)]
+            micro_batches = next(steps)  # on the device; of a cache or a server, the targets are on their way
             is_last = step == trainer.max_steps
 
             with memory_errors(step, d.config):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,14 +65,38 @@ class CachedTeacher:
             raise CacheError(str(self.side.folder(number)), f"{problem}{also}", REBUILD)
         self.kind = open_kind(folder, self.description, side)
         self.side.check = self._check
+        self._asked: deque[Batch] = deque()
+        self._thread: ThreadPoolExecutor | None = None
+        self._being_read: tuple[Batch, Future[TeacherRows]] | None = None
 
     def __call__(self, batch: Batch) -> TeacherRows:
         """The targets at the supervised positions of `batch`, on its device.
 
         Raises:
-            CacheError: a sequence is not the one that was scored.
+            CacheError: a sequence is not the one that was scored, or its targets are none.
         """
-        return self.kind.decode(self._reading(batch), batch.labels.device)
+        if self._being_read is None or self._being_read[0] is not batch:
+            return self._read(batch)
+        _, targets = self._being_read
+        self._read_next()
+        return targets.result()
+
+    def ask(self, batch: Batch) -> None:
+        """Begin to read the targets of a batch in a thread; of several batches one at a time, each when the one before is called for.
+
+        So at most two batches' targets are in memory, however many there are in a step.
+        """
+        self._asked.append(batch)
+        if self._being_read is None:
+            self._read_next()
+
+    def give_up(self) -> None:
+        """Forget what was asked, and leave no thread."""
+        self._asked.clear()
+        self._being_read = None
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+            self._thread = None
 
     def about_teacher(self, batch: Batch) -> dict[str, Tensor] | None:
         """What the teacher itself makes of held-out tokens, `(supervised,)` each; None where the targets tell it all.
@@ -107,6 +133,16 @@ class CachedTeacher:
         good = (column >= low) & (column <= high) & np.isfinite(column)
         reading.check(good, name, lambda _: "holds a number out of range")
         return column
+
+    def _read_next(self) -> None:
+        self._being_read = None
+        if self._asked:
+            self._thread = self._thread or ThreadPoolExecutor(1, "targets")
+            batch = self._asked.popleft()
+            self._being_read = batch, self._thread.submit(self._read, batch)
+
+    def _read(self, batch: Batch) -> TeacherRows:
+        return self.kind.decode(self._reading(batch), batch.labels.device)
 
     def _reading(self, batch: Batch) -> Reading:
         """What there is of the sequences of a batch; they are the ones that were scored."""

@@ -9,8 +9,9 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from email.utils import formatdate
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from caches import build, cache_config, cache_module, content
-from runs import rows, run, status, steps_of
+from runs import before_step, checkpoint_steps, rows, run, status, steps_of
 from server_double import ServerDouble
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -26,6 +27,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from mini_distill.cli import load_config, report
 from mini_distill.contract import build_config
 from mini_distill.data.batch import Batch
+from mini_distill.digest import digest_run
 from mini_distill.errors import CacheError, ConfigError, ModelError, Preempted
 from mini_distill.losses.divergences import forward_kl
 from mini_distill.losses.reduction import IGNORE_INDEX, loss_mask, supervised_targets
@@ -533,6 +535,60 @@ def test_a_run_against_a_server_and_from_a_cache_of_it(
         assert cached[key] == pytest.approx(live[key], rel=0.02, abs=0.01), key
     written = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert len(written) > 20 and not [file for file in written if SECRET.encode() in file.read_bytes()]
+
+
+def answered(double: ServerDouble, documents: int) -> None:
+    """Waits until so many have been asked about."""
+    for _ in range(500):
+        if len(double.completions) >= documents:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{len(double.completions)} documents were asked about, not {documents}")
+
+
+def test_a_step_is_asked_about_while_the_student_takes_the_one_before(
+    double: ServerDouble, tiny_command: list[str], tmp_path: Path
+) -> None:
+    """Each step waited for its answers, and the server for the student."""
+    command = [*served(tiny_command, double), "trainer.max_steps=3", "data.packing=false", "data.eval_fraction=0"]
+    command += ["trainer.micro_batch_size=2", "trainer.grad_accum_steps=2"]
+    double.delay = lambda prompt: 0.05
+    asked: list[int] = []
+
+    def before(step: int) -> None:
+        asked.append(len(double.completions))
+        if step > 1:
+            answered(double, asked[0] + 4 * step)  # of this step already, although its batches are not known to the loop yet
+
+    with before_step(1, partial(before, 1)), before_step(2, partial(before, 2)), before_step(3, partial(before, 3)):
+        run(command, tmp_path / "ahead")
+    assert len(double.completions) == asked[0] + 12  # nothing twice, and nothing beyond the last step
+
+    @contextmanager
+    def plain(_: Any, steps: Any) -> Iterator[Any]:
+        yield steps
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mini_distill.distillation.asked_ahead", plain)
+        run(command, tmp_path / "plain")
+    assert digest_run(tmp_path / "ahead") == digest_run(tmp_path / "plain")
+
+
+def test_a_run_that_is_stopped_does_not_wait_for_what_it_asked_ahead(double: ServerDouble, tiny_command: list[str], tmp_path: Path) -> None:
+    command = [*served(tiny_command, double), "trainer.max_steps=5", "data.packing=false", "teacher.num_requests=1"]
+    began: list[float] = []
+
+    def stop() -> None:
+        double.delay = lambda prompt: 1.0
+        began.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with before_step(3, stop), pytest.raises(Preempted):
+        run(command, tmp_path)
+    begun = len(double.completions)
+    assert time.monotonic() - began[0] < 15 and checkpoint_steps(tmp_path)[-1] == 3
+    time.sleep(1.2)
+    assert len(double.completions) <= begun + 1  # the one that was under way
 
 
 def test_a_cache_of_a_server_is_that_of_the_live_teacher(double: ServerDouble, tiny_command: list[str], tmp_path: Path) -> None:
