@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, fields
 from itertools import groupby, islice
 from pathlib import Path
@@ -40,7 +40,10 @@ from .server import ServerTeacher
 from .targets import DenseTargets
 
 CHUNK_LOGITS = 2**24
-"""Logits that exist at once. A constant, since the draws of a sequence follow its chunks."""
+"""Logits that exist at once."""
+TILE_LOGITS = 2**19
+"""Of these, as many as are encoded at once on a CPU: the dozen passes over 2 MB then run in its cache, in memory that is used again. Both are
+constants, since the draws of a sequence follow them."""
 
 SHARD_BYTES = 2**26
 
@@ -49,6 +52,8 @@ ASKED_AHEAD = 4
 
 Work = tuple[Side, int, Batch]
 """A batch of a shard of a side."""
+Scores = tuple[dict[int, Columns], list[Tensor]]
+"""Sequence number -> its columns; and masses of tokens."""
 
 logger = logging.getLogger(__name__)
 
@@ -130,16 +135,15 @@ class CacheBuilder:
         """Score sequences spread over some shards of a side, and from them foretell size, time and what the targets hold of p."""
         stream, batches = self.streams[side.name], 4 if side.name == "train" else 1
         numbers = spread_over(side, shards, batches * self.config.batch_size)
-        self._score(stream.batch(numbers[:1]), side.name)  # warm
+        next(self._scored([stream.batch(numbers[:1])], side.name))  # warm
         started, found, masses = time.perf_counter(), dict[int, Columns](), list[Tensor]()
-        for _, _, batch in self._asked_ahead((side, 0, batch) for batch in self._batches(stream, numbers)):
-            self.check_stop()
-            columns, listed = self._score(batch, side.name)
-            found |= columns
-            masses += listed
+        with closing(self._asked_ahead((side, 0, batch) for batch in self._batches(stream, numbers))) as asked:
+            for _, columns, listed in self._scored((batch for _, _, batch in asked), side.name):
+                found |= columns
+                masses += listed
         seconds = time.perf_counter() - started
         if not masses and side.name == "train":  # of which nothing was told by the way; not timed
-            masses = [mass for batch in self._batches(stream, numbers) for mass in self._score(batch, side.name, with_mass=True)[1]]
+            masses = [mass for _, _, some in self._scored(self._batches(stream, numbers), side.name, with_mass=True) for mass in some]
         tokens = sum(len(part["_tokens"]) for part in found.values())
         mass = float(torch.cat(masses).mean()) if tokens and masses else 1.0
         return forecast(side, stream.num_supervised, list(found.values()), tokens, seconds, mass)
@@ -220,19 +224,18 @@ class CacheBuilder:
         """The columns of one shard."""
         found: dict[int, Columns] = {}
         sums: dict[int, int] = {}
-        for batch in batches:
-            self.check_stop()
-            found |= self._score(batch, side.name)[0]
+        for batch, columns, _ in self._scored(batches, side.name):
+            found |= columns
             sums.update(zip(batch.row_ids.tolist(), checksums(batch), strict=True))
             progress.update(len(batch))
         ordered = [found[i] for i in side.sequences_of(number)]
         counts = [len(part["_tokens"]) for part in ordered]
         starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)
-        columns = join(ordered)
-        del columns["_tokens"]
+        joined = join(ordered)
+        del joined["_tokens"]
         found_sums = np.array([sums[i] for i in side.sequences_of(number)], dtype=np.uint32)
         own: Columns = {SEQUENCE_STARTS: starts, CHECKSUMS: found_sums, MARK: side.mark(number)}
-        return columns | own
+        return joined | own
 
     def _batches(self, stream: Stream, numbers: Sequence[int]) -> Iterator[Batch]:
         """Sequences, those of a shard, say; those of like length together and cut to the longest, so that little padding is scored."""
@@ -243,38 +246,70 @@ class CacheBuilder:
             chosen = order[start : start + self.config.batch_size]
             yield _cut(Batch.concatenate([whole[i] for i in chosen]), lengths[chosen[-1]])
 
-    @torch.no_grad()
-    def _score(self, batch: Batch, side: str, with_mass: bool = False) -> tuple[dict[int, Columns], list[Tensor]]:
-        """Sequence number -> its columns; and, if wished, the captured mass of each token."""
-        batch, kind, held_out = batch.to(self.teacher.device), self.kinds[side], side == "held_out"
+    def _scored(
+        self, batches: Iterable[Batch], side: str, with_mass: bool = False
+    ) -> Iterator[tuple[Batch, dict[int, Columns], list[Tensor]]]:
+        """Each batch, the columns of its sequences by number, and, if wished, the captured mass of each of its tokens.
+
+        The columns are made in a thread, while the teacher reads the next batch.
+        """
+        with ThreadPoolExecutor(1, "columns") as thread:
+            waiting = deque[tuple[Batch, Future[Scores]]]()
+            for batch in batches:
+                self.check_stop()
+                waiting.append((batch, self._score(batch, side, with_mass, thread)))
+                if len(waiting) > 1:
+                    before, scores = waiting.popleft()
+                    yield before, *scores.result()
+            for before, scores in waiting:
+                yield before, *scores.result()
+
+    def _score(self, batch: Batch, side: str, with_mass: bool, thread: ThreadPoolExecutor) -> Future[Scores]:
+        """The teacher reads a batch."""
+        batch = batch.to(self.teacher.device)
+        with self._scoring(batch):
+            targets = self.teacher(batch)
+            if isinstance(targets, DenseTargets):
+                return thread.submit(self._encode, batch, targets, side, with_mass)
+            listed = Future[Scores]()
+            listed.set_result(self._score_listed(batch, targets.rows(slice(None)), side))
+            return listed
+
+    @contextmanager
+    def _scoring(self, batch: Batch) -> Iterator[None]:
+        """Within, nothing is recorded for a gradient, and what memory is lacking for has its remedies."""
         size = f"with {len(batch)} sequences of {batch.input_ids.shape[1]} tokens"
         remedies = ["lower cache.batch_size", "set teacher.dtype=bfloat16", "shorten data.seq_len"]
-        with memory_errors("cache.batch_size", size, remedies), self.autocast():
-            targets = self.teacher(batch)
-            if not isinstance(targets, DenseTargets):
-                return self._score_listed(batch, targets.rows(slice(None)), side)
+        with memory_errors("cache.batch_size", size, remedies), torch.no_grad(), self.autocast():
+            yield
+
+    def _encode(self, batch: Batch, targets: DenseTargets, side: str, with_mass: bool) -> Scores:
+        """Sequence by sequence."""
+        kind, held_out = self.kinds[side], side == "held_out"
+        with self._scoring(batch):
             counts = loss_mask(batch.labels).sum(-1).tolist()
             next_tokens = supervised_targets(batch.labels)
             found, masses, at = {}, [], 0
             for number, count in zip(batch.row_ids.tolist(), counts, strict=True):
                 generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + number * 2 + held_out) % 2**63)
                 parts = []
-                for rows in _chunks(at, at + count, self.vocab_size):
+                for rows in _chunks(at, at + count, CHUNK_LOGITS // self.vocab_size):
                     logits = targets.rows(rows, self.vocab_size)
-                    if not torch.isfinite(logits.logsumexp(-1)).all():
+                    if not torch.isfinite(logits.amax(-1)).all():  # NaN is the largest; of impossible tokens, -inf, there may be some
                         rows_of_source = ", ".join(self.streams[side].origins(number)[:2])
                         what = f"the teacher's logits not finite (rows {rows_of_source})"
                         raise NumericsError(f"sequence {number}", what, "Load it with teacher.dtype=float32, or leave these rows out.")
-                    if with_mass:
-                        masses.append(kind.captured_mass(torch.softmax(logits / kind.config.temperature, -1)).cpu())
-                    columns = kind.encode(logits, targets.hidden[rows], generator)
-                    columns["_tokens"] = np.zeros(len(logits), dtype=np.uint8)
-                    parts.append(columns | (_for_evaluation(logits, next_tokens[rows]) if held_out else {}))
+                    for tile in _chunks(0, len(logits), len(logits) if logits.is_cuda else TILE_LOGITS // self.vocab_size):
+                        if with_mass:
+                            masses.append(kind.captured_mass(torch.softmax(logits[tile] / kind.config.temperature, -1)).cpu())
+                        columns = kind.encode(logits[tile], targets.hidden[rows][tile], generator)
+                        columns["_tokens"] = np.zeros(len(logits[tile]), dtype=np.uint8)
+                        parts.append(columns | (_for_evaluation(logits[tile], next_tokens[rows][tile]) if held_out else {}))
                 at += count
                 found[number] = kind.pack(join(parts) if parts else self._nothing(targets.hidden, side))
         return found, masses
 
-    def _score_listed(self, batch: Batch, rows: SparseRows, side: str) -> tuple[dict[int, Columns], list[Tensor]]:
+    def _score_listed(self, batch: Batch, rows: SparseRows, side: str) -> Scores:
         """The same where the teacher itself gives the most likely tokens only, which is a server."""
         kind = self.kinds[side]
         assert isinstance(self.teacher, ServerTeacher) and isinstance(rows, TopKRows) and isinstance(kind, TopK)
@@ -321,8 +356,8 @@ def _write_shard(folder: Path, columns: Columns) -> None:
         write_columns(temporary, columns)
 
 
-def _chunks(begin: int, end: int, vocab_size: int) -> list[slice]:
-    rows = max(1, CHUNK_LOGITS // vocab_size)
+def _chunks(begin: int, end: int, rows: int) -> list[slice]:
+    rows = max(1, rows)
     return [slice(start, min(start + rows, end)) for start in range(begin, end, rows)]
 
 

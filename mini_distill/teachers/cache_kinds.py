@@ -127,7 +127,7 @@ class Sampled(Kind):
         """Token numbers, weights and the entropy, these as places in their tables."""
         log_probs = torch.log_softmax(logits if self.config.temperature == 1 else logits / self.config.temperature, -1)
         probs = log_probs.exp()
-        entropies = -(probs * log_probs.clamp(min=-1e30)).sum(-1)  # in float32: it is kept in a byte
+        entropies = -log_probs.clamp_(min=-1e30).mul_(probs).sum(-1)  # in float32: it is kept in a byte
         if self.config.sampling == "threshold":
             entries = threshold_sample(probs, self.config.k, generator)
         else:
@@ -214,9 +214,10 @@ class TopK(Kind):
 
     def encode(self, logits: Tensor, hidden: Tensor, generator: torch.Generator) -> Columns:
         """See `encode_rows`."""
-        log_probs = torch.log_softmax(logits / self.config.temperature, -1)
+        log_probs = torch.log_softmax(logits if self.config.temperature == 1 else logits / self.config.temperature, -1)
         top, ids = log_probs.topk(self.config.k, -1)
-        return self.encode_rows(TopKRows(ids, top, log_probs.exp().scatter(-1, ids, 0.0).sum(-1), spread=False))
+        tail = log_probs.exp_().scatter_(-1, ids, 0.0).sum(-1)
+        return self.encode_rows(TopKRows(ids, top, tail, spread=False))
 
     def encode_rows(self, rows: TopKRows) -> Columns:
         """Of at least k tokens, the most likely first: numbers, levels, the two ends of the levels and the mass of the tail."""

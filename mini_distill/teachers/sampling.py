@@ -54,9 +54,7 @@ def threshold_sample(probs: Tensor, k: int, generator: torch.Generator) -> Entri
     tail_counts = torch.ceil(tail.total * k * (1 - 1e-6) - 1e-9).long().clamp(max=k)  # the sum of float32 may be a little too much
     shift = torch.rand(len(probs), generator=generator, dtype=torch.float64).to(probs.device)
     points, wanted = _equidistant(shift, tail_counts)
-    rows = torch.arange(len(probs), device=probs.device).repeat_interleave(tail_counts)
-    ids = tail.find(rows, points[wanted] * tail.total[rows])
-    return Entries(counts, places[:, 1], probs[places[:, 0], places[:, 1]].float(), tail_counts, ids)
+    return Entries(counts, places[:, 1], probs[places[:, 0], places[:, 1]].float(), tail_counts, tail.find(points, wanted))
 
 
 class _Cumulative:
@@ -68,30 +66,34 @@ class _Cumulative:
         values: `(n, V)`, not negative.
     """
 
-    BLOCK = 64
-
     def __init__(self, values: Tensor) -> None:
-        padding = -values.shape[-1] % self.BLOCK
-        self.blocks = (pad(values, (0, padding)) if padding else values).unflatten(-1, (-1, self.BLOCK))  # (n, blocks, 64)
+        self.size = min(64, 2 ** (values.shape[-1].bit_length() // 2))  # of a block; nearly √V where V is small
+        padding = -values.shape[-1] % self.size
+        self.blocks = (pad(values, (0, padding)) if padding else values).unflatten(-1, (-1, self.size))  # (n, blocks, size)
         self.of_blocks = self.blocks.sum(-1).double()
         self.up_to = self.of_blocks.cumsum(-1)
-        self.last = values.shape[-1] - 1
 
     @property
     def total(self) -> Tensor:
         """`(n,)` float64."""
         return self.up_to[:, -1]
 
-    def find(self, rows: Tensor, points: Tensor) -> Tensor:
-        """For each of some points, `(m,)`, the column of its row in which the cumulative sum passes it."""
-        up_to = self.up_to[rows]  # (m, blocks)
-        block = torch.searchsorted(up_to, points[:, None], right=True).clamp(max=up_to.shape[-1] - 1)[:, 0]
-        mass = self.of_blocks[rows, block]
-        inside = self.blocks[rows, block].double()  # (m, 64)
-        inside = inside / inside.sum(-1, keepdim=True).clamp(min=1e-300) * mass[:, None]
-        left = points - (self.up_to[rows, block] - mass)
-        passed = (inside.cumsum(-1) <= left[:, None]) | (inside == 0)  # what is impossible is never found
-        return (block * self.BLOCK + passed.long().argmin(-1)).clamp(max=self.last)  # the first that has not been passed
+    def find(self, points: Tensor, wanted: Tensor) -> Tensor:
+        """For some points of each row, as shares of its total, the columns in which the cumulative sum passes them, row by row.
+
+        Args:
+            points: `(n, most)` in [0, 1).
+            wanted: `(n, most)` bool: those that are asked for. Their rows have a total above 0.
+        """
+        points = points * self.total[:, None]
+        block = torch.searchsorted(self.up_to, points, right=True)[wanted]  # (m,)
+        row = wanted.nonzero()[:, 0]
+        mass = self.of_blocks[row, block]
+        share = (points[wanted] - (self.up_to[row, block] - mass)) / mass
+        inside = self.blocks[row, block].cumsum(-1, dtype=torch.float64)  # (m, size)
+        left = share.clamp(0, 1 - 1e-12) * inside[:, -1]  # of a block that float32 has added up, and float64 here
+        first = torch.searchsorted(inside, left[:, None], right=True)[:, 0]  # that passes: never an impossible one
+        return block * self.size + first
 
 
 def _equidistant(shift: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
