@@ -54,3 +54,16 @@ def process_start_of(pid: int) -> str | None:
     except OSError:
         return ""
     return None if fields[0] in "ZX" else f"{boot}:{fields[19]}"
+
+
+def children_of(pid: int, name: str) -> list[int]:
+    """The processes called `name` that `pid` has started and not yet waited for; none where /proc does not tell."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            start, _, fields = file.read_text().rpartition(")")
+        except OSError:  # it has ended
+            continue
+        if start.partition("(")[2] == name and fields.split()[1] == str(pid):
+            found.append(int(file.parent.name))
+    return found

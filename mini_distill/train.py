@@ -38,10 +38,11 @@ from .models.head import output_head
 from .result import already_finished, write_result
 from .run import CallableTrain
 from .teachers.targets import Teacher
-from .training.numerics import add_terms, check_finite, clip_gradient, memory_errors, step_metrics
+from .training.numerics import add_terms, check_finite, clip_gradient, memory_errors, name_fullest, step_metrics
 from .training.optimizer import learning_rate, set_learning_rate
 from .training.process_group import note
 from .training.randomness import seed_step
+from .training.rehearsal import rehearse
 from .training.signals import StopRequest
 
 
@@ -85,6 +86,7 @@ def training_loop(d: Distillation, last_step: int) -> None:
     if last_step == 0 or (_evaluates(last_step, trainer) and d.lacks_evaluation(last_step)):
         d.catch_up(last_step)  # the student before; or what a signal has cut short
     d.stop_if_asked(last_step, is_saved=True)
+    rehearse(d, partial(distill_step, d.student, d.teacher, objective=d.objective, autocast=d.accelerator.autocast), last_step + 1)
     with d.progress(last_step) as progress, d.steps(last_step + 1) as steps:
         for step in range(last_step + 1, trainer.max_steps + 1):
             started = perf_counter()
@@ -93,7 +95,7 @@ def training_loop(d: Distillation, last_step: int) -> None:
             micro_batches = next(steps)  # on the device; of a cache or a server, the targets are on their way
             is_last = step == trainer.max_steps
 
-            with memory_errors(step, d.config):
+            with memory_errors(step, d.config, partial(name_fullest, d, micro_batches)):
                 metrics = optimizer_step(d, micro_batches, step)
             metrics["perf/tokens_per_second"] = metrics["train/tokens"] / (perf_counter() - started)
             d.tokens_seen += int(metrics["train/tokens"])

@@ -111,6 +111,15 @@ def test_all_configuration_errors_come_together_without_torch(without_torch: Cal
     assert all(line.startswith("error: ") for line in ended.lines)
 
 
+@pytest.mark.parametrize("mistake", ["trainer.max_step=4", "teacher=lama3", "teacher=hf", "trainer.learning_rate=-1", "--bogus"])
+def test_a_mistake_takes_about_a_second_of_a_processor(mistake: str, without_torch: Callable[..., Ended]) -> None:
+    """Generously: what is slow is the import of torch, of several seconds, after which nobody likes to hear of a misspelt setting."""
+    before = os.times()
+    assert without_torch(mistake).code == 2
+    after = os.times()
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 3
+
+
 def test_a_good_configuration_does_reach_the_import_of_torch(without_torch: Callable[..., Ended]) -> None:
     """Else the tests above would prove nothing."""
     ended = without_torch("trainer.max_steps=30")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import os
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,13 +14,18 @@ from runs import (
     before_step,
     checkpoint_steps,
     copy_of,
+    fork,
+    forks,
     rows,
     run,
     status,
     steps_of,
+    wait,
     weight_norm,
 )
 
+from mini_distill.data.row import Row
+from mini_distill.data.sources import HubDataset
 from mini_distill.digest import digest_run
 from mini_distill.errors import ConfigError
 
@@ -33,6 +40,45 @@ def test_stopped_twice_it_ends_as_undisturbed(kind: str, twins: Twins, tmp_path:
     run(command, tmp_path / "run")
     assert digest_run(tmp_path / "run") == digest_run(undisturbed(kind))
     assert len(steps_of(tmp_path / "run")) == len(set(steps_of(tmp_path / "run")))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_with_fewer_rows_than_a_batch_it_ends_as_undisturbed(rows: int, tiny_command: list[str], tiny_corpus: Path, tmp_path: Path) -> None:
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(tiny_corpus.read_text().splitlines(keepends=True)[:rows]))
+    command = [*tiny_command, f"data.path={few}", "data.eval_fraction=0", "data.packing=false", "trainer.micro_batch_size=8"]
+    crash_before(4, command, tmp_path / "run")
+    run(command, tmp_path / "run")
+    run(command, tmp_path / "undisturbed")
+    assert digest_run(tmp_path / "run") == digest_run(tmp_path / "undisturbed")
+
+
+@forks
+def test_a_streamed_data_set_is_read_again_from_its_beginning_and_the_run_ends_as_undisturbed(
+    tiny_command: list[str], tiny_corpus: Path, tmp_path: Path, undisturbed: Callable[[str], Path]
+) -> None:
+    """`datasets` with a shuffle buffer, resumed twice, lost 5 of 24 rows. Here a stream becomes tokens on disk before the first step."""
+    streamed = ["data.source=hub", f"data.path={tiny_corpus.parent}", "data.streaming=true", f"data.cache_dir={tmp_path / 'tokens'}"]
+    command = [*tiny_command, *streamed]
+
+    def killed_in_the_stream() -> None:
+        original = HubDataset.rows
+
+        def rows_until(source: HubDataset) -> Iterator[Row]:
+            for number, row in enumerate(original(source)):
+                if number == 30:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield row
+
+        HubDataset.rows = rows_until  # type: ignore[method-assign]
+        run(command, tmp_path / "run")
+
+    assert wait(fork(killed_in_the_stream)) == -signal.SIGKILL
+    for step in (3, 5):
+        crash_before(step, command, tmp_path / "run")
+    summary = run(command, tmp_path / "run")
+    assert summary["data/rows_read"] == summary["data/rows_used"] == 60
+    assert digest_run(tmp_path / "run") == digest_run(undisturbed("plain"))
 
 
 def test_every_saved_step_is_a_place_to_go_on_from(twins: Twins, tmp_path: Path, undisturbed: Callable[[str], Path]) -> None:

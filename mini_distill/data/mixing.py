@@ -47,6 +47,11 @@ class Mixture:
         in_turn = [beginning for round_ in zip_longest(*of_parts) for beginning in round_ if beginning is not None]
         return in_turn[:count]
 
+    def fullest(self, count: int) -> list[tuple[int, int]]:
+        """The sequences with the most tokens to predict, of all parts: (tokens, index)."""
+        found = [(tokens, first + i) for first, part in zip(self.first, self.parts, strict=False) for tokens, i in part.fullest(count)]
+        return sorted(found, reverse=True)[:count]
+
     def order(self, seed: int) -> Draws:
         """The k-th draw, with the shares kept at every moment."""
         return _MixedDraws(self, seed)

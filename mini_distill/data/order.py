@@ -41,6 +41,10 @@ class Stream(Protocol):
         """The first `length` tokens of up to `count` documents that are longer."""
         ...
 
+    def fullest(self, count: int) -> list[tuple[int, int]]:
+        """The sequences with the most tokens to predict, with their number, the fullest first: (tokens, index)."""
+        ...
+
     def order(self, seed: int) -> Draws:
         """Which sequence is the k-th of training."""
         ...

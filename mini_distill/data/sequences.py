@@ -22,13 +22,20 @@ class Sequences:
         plan: Which pieces stand in which sequence.
         seq_len: Tokens of a sequence; shorter ones are padded on the right.
         pad_id: The token of padding; never looked at.
+
+    Attributes:
+        supervised: `(sequences,)` tokens to be predicted in each.
+        num_supervised: In all.
     """
 
     def __init__(self, rows: TokenRows, plan: Plan, seq_len: int, pad_id: int) -> None:
         self.rows, self.plan, self.seq_len, self.pad_id = rows, plan, seq_len, pad_id
         begin = rows.offset[plan.document] + plan.start
         ascending = np.argsort(begin)
-        self.num_supervised = int(rows.count_supervised(begin[ascending] + 1, (begin + plan.length)[ascending]).sum())
+        of_piece = np.empty(len(begin), dtype=np.int64)
+        of_piece[ascending] = rows.count_supervised(begin[ascending] + 1, (begin + plan.length)[ascending])
+        self.supervised = np.diff(np.concatenate([[0], np.cumsum(of_piece)])[plan.offset]).astype(np.int32)
+        self.num_supervised = int(of_piece.sum())
 
     def __len__(self) -> int:
         return len(self.plan.offset) - 1
@@ -72,6 +79,11 @@ class Sequences:
         documents = documents[self.rows.lengths[documents] > length]
         chosen = documents[np.arange(min(count, len(documents))) * len(documents) // max(1, count)]
         return [self.rows.read(i, 0, length)["input_ids"].tolist() for i in chosen.tolist()]
+
+    def fullest(self, count: int) -> list[tuple[int, int]]:
+        """The sequences with the most tokens to predict: (tokens, index)."""
+        chosen = np.argsort(-self.supervised, kind="stable")[:count]
+        return list(zip(self.supervised[chosen].tolist(), chosen.tolist(), strict=True))
 
     def order(self, seed: int) -> ShuffledEpochs:
         """The k-th draw of training: epochs in shuffled order."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..config import Config
 from ..errors import NumericsError, OutOfMemory
+from ..losses.reduction import count_valid_tokens
 from ..out_of_memory import is_out_of_memory, out_of_memory
 from ..teachers.targets import DenseTargets
 from .optimizer import learning_rate
@@ -77,8 +78,10 @@ def check_finite(
 
 
 @contextmanager
-def memory_errors(step: int, config: Config) -> Iterator[None]:
-    """An allocation that fails becomes one line with what to do. All batches have one shape, so the first step tells.
+def memory_errors(step: int, config: Config, fullest: Callable[[], str] | None = None) -> Iterator[None]:
+    """An allocation that fails becomes one line with what to do. All batches have one shape, and the fullest is tried first (rehearsal.py).
+
+    `fullest` names the row with the most tokens to predict.
 
     Raises:
         OutOfMemory: names the step and the settings that use less.
@@ -87,13 +90,19 @@ def memory_errors(step: int, config: Config) -> Iterator[None]:
         yield
     except Exception as error:
         if is_out_of_memory(error):
-            raise _out_of_memory(step, config, error) from error
+            raise _out_of_memory(step, config, error, f", the fullest from {fullest()}" if fullest is not None else "") from error
         raise
 
 
-def _out_of_memory(step: int, config: Config, error: BaseException) -> OutOfMemory:
+def name_fullest(d: Distillation, micro_batches: list[Batch]) -> str:
+    """The source of the row with the most tokens to predict."""
+    rows = [row for batch in micro_batches for row in batch.to("cpu").split_rows()]
+    return _names(d, [max(rows, key=lambda row: int(count_valid_tokens(row.labels)))])
+
+
+def _out_of_memory(step: int, config: Config, error: BaseException, fullest: str) -> OutOfMemory:
     trainer = config.trainer
-    size = f"with {trainer.micro_batch_size} sequences of {config.data.seq_len} tokens"
+    size = f"with {trainer.micro_batch_size} sequences of {config.data.seq_len} tokens{fullest}"
     remedies = [
         f"halve trainer.micro_batch_size and double trainer.grad_accum_steps (now {trainer.grad_accum_steps}), which changes no result",
         "set trainer.gradient_checkpointing=true",

@@ -184,12 +184,12 @@ class RunFolder:
         """Append one row `{"step": step, …}` to metrics.jsonl, at once in the hands of the operating system.
 
         A file has one row per step and kind (what stands before the slash: train, eval, …). Logged again, as by a run that goes
-        on from an earlier step, the new numbers replace the old. A number that is not finite is written as null.
+        on from an earlier step, the new numbers replace the old. A number that is not finite is written as null. No numbers are no row.
 
         Raises:
             StorageError: the row cannot be written; the file is as it was.
         """
-        if not self._is_main:
+        if not self._is_main or not metrics:
             return
         kinds = {(step, key.partition("/")[0]) for key in metrics}
         if kinds & self._logged:

@@ -9,7 +9,9 @@ import logging
 import os
 import queue
 import secrets
+import signal
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,11 +19,13 @@ from typing import Any
 
 from ..config import TrackingConfig
 from ..errors import ConfigError
+from ..processes import children_of
 from ..redaction import redact, redact_text
 from ..storage import atomic_write_text, read_regular, storage_errors
 
 MAX_WAITING = 10_000  # rows that a slow tracker may lag behind before new ones are dropped
 SECONDS_TO_CLOSE = 30.0
+SECONDS_TO_END = 2.0
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +78,9 @@ class Sink(ABC):
     def close(self) -> None:
         """Finish."""
 
+    def abandon(self) -> None:  # noqa: B027 - most have nothing of the kind
+        """See to it that nothing keeps this process from ending; called in any thread, and perhaps while another call does not return."""
+
 
 class BackgroundTracker(Tracker):
     """Feeds a sink from a thread, so that one that raises, hangs or cannot be reached costs a warning and no training time."""
@@ -117,6 +124,7 @@ class BackgroundTracker(Tracker):
             self._gave_up = True
             text = " ".join(redact_text(why).split())
             logger.warning("tracking: %s %s. The run goes on without it; metrics.jsonl has every row.", self._sink.name, text)
+            self._sink.abandon()
 
 
 class WandbSink(Sink):
@@ -165,6 +173,10 @@ class WandbSink(Sink):
     def close(self) -> None:
         self._run.finish()
 
+    def abandon(self) -> None:
+        """When this process ends it tells wandb's own to end too, and waits for it; which tries for hours to reach its server."""
+        threading.Thread(target=_kill_at_the_end, args=("wandb-core",), name="tracking-end", daemon=True).start()
+
 
 class TensorboardSink(Sink):
     """TensorBoard event files in the run's `tensorboard/`."""
@@ -197,6 +209,15 @@ class TensorboardSink(Sink):
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+def _kill_at_the_end(name: str) -> None:
+    """Kill the processes called `name` that this one has started, once it has finished and has told them to end."""
+    threading.main_thread().join()
+    time.sleep(SECONDS_TO_END)
+    for pid in children_of(os.getpid(), name):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _wandb_id(run_path: Path) -> str:

@@ -29,6 +29,13 @@ def part_of(mixture: Any, index: int) -> str:
     return mixture.train.origins(index)[0].rsplit("/", 1)[1][0]
 
 
+def test_the_fullest_sequences_are_those_of_all_parts(mixture: Any) -> None:
+    found = mixture.train.fullest(5)
+    supervised = [int((mixture.train[index].labels >= 0).sum()) for index in range(50)]
+    assert [tokens for tokens, _ in found] == sorted(supervised, reverse=True)[:5]
+    assert all(supervised[index] == tokens for tokens, index in found)
+
+
 def test_shares_hold_over_any_stretch(mixture: Any) -> None:
     draw = mixture.train.order(seed=1)
     names = [part_of(mixture, draw(k)) for k in range(3000)]

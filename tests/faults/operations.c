@@ -10,12 +10,13 @@
 #include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/sendfile.h>
 #include <sys/stat.h>
 #include <sys/types.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum fault { NONE, KILL, HALF_AND_KILL, DISK_FULL };
+enum fault { NONE, KILL, HALF_AND_KILL, DISK_FULL, FAILS_ONCE };
 enum needs_space { NO_SPACE, SPACE };
 
 static char folder[PATH_MAX];
@@ -74,6 +75,11 @@ static int next(enum needs_space space) {
         return -1;
     }
     if (number != target) return 0;
+    if (fault == FAILS_ONCE) { /* a bad block, a network file system that had a bad moment */
+        fired = 1;
+        errno = EIO;
+        return -1;
+    }
     if (fault == KILL) die();
     return fault == HALF_AND_KILL;
 }
@@ -144,9 +150,24 @@ ssize_t writev(int descriptor, const struct iovec *parts, int count) {
     WRITE(original(descriptor, parts, count / 2), original(descriptor, parts, count));
 }
 
+ssize_t copy_file_range(int from, off64_t *from_at, int descriptor, off64_t *at, size_t size, unsigned flags) {
+    ORIGINAL(copy_file_range);
+    WRITE(original(from, from_at, descriptor, at, size / 2, flags), original(from, from_at, descriptor, at, size, flags));
+}
+
+ssize_t sendfile64(int descriptor, int from, off64_t *from_at, size_t size) {
+    ORIGINAL(sendfile64);
+    WRITE(original(descriptor, from, from_at, size / 2), original(descriptor, from, from_at, size));
+}
+
 int fsync(int descriptor) {
     ORIGINAL(fsync);
     PASS(descriptor_inside(descriptor), SPACE, original(descriptor)); /* delayed allocation: here a disk may first be found full */
+}
+
+int fdatasync(int descriptor) {
+    ORIGINAL(fdatasync);
+    PASS(descriptor_inside(descriptor), SPACE, original(descriptor));
 }
 
 int ftruncate64(int descriptor, off64_t size) {
@@ -157,6 +178,31 @@ int ftruncate64(int descriptor, off64_t size) {
 int rename(const char *from, const char *to) {
     ORIGINAL(rename);
     PASS(inside(from) || inside(to), SPACE, original(from, to));
+}
+
+int renameat(int from_parent, const char *from, int to_parent, const char *to) {
+    ORIGINAL(renameat);
+    PASS(name_inside(from_parent, from) || name_inside(to_parent, to), SPACE, original(from_parent, from, to_parent, to));
+}
+
+int renameat2(int from_parent, const char *from, int to_parent, const char *to, unsigned flags) {
+    ORIGINAL(renameat2);
+    PASS(name_inside(from_parent, from) || name_inside(to_parent, to), SPACE, original(from_parent, from, to_parent, to, flags));
+}
+
+int link(const char *from, const char *to) {
+    ORIGINAL(link);
+    PASS(inside(to), SPACE, original(from, to));
+}
+
+int linkat(int from_parent, const char *from, int to_parent, const char *to, int flags) {
+    ORIGINAL(linkat);
+    PASS(name_inside(to_parent, to), SPACE, original(from_parent, from, to_parent, to, flags));
+}
+
+int mkdirat(int parent, const char *path, mode_t mode) {
+    ORIGINAL(mkdirat);
+    PASS(name_inside(parent, path), SPACE, original(parent, path, mode));
 }
 
 int mkdir(const char *path, mode_t mode) {

@@ -142,7 +142,7 @@ class Punisher:
         """A bit of the newest checkpoint, if there is another to fall back on; then the run is killed a little later."""
         folders = sorted((self.folder / "checkpoints").glob("step-????????"))
         if len(folders) > 1:
-            file = draw.choice(sorted(folders[-1].glob("*.safetensors")))
+            file = draw.choice(sorted(folders[-1].iterdir()))  # weights, optimizer, state.json or the manifest itself
             content = bytearray(file.read_bytes())
             content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
             file.write_bytes(content)

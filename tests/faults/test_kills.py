@@ -16,10 +16,13 @@ from runs import before_step, checked, checkpoint_steps, fork, forks, rows, run,
 from faults.record import record
 from faults.twins import KINDS, Twins
 from mini_distill import folder_lock, storage
+from mini_distill.cli import config_dir
 from mini_distill.digest import digest_run
 
 KILLS_OF_A_KIND = 8
 """Of fourteen kinds: 112 kills."""
+OBJECTIVES = sorted(file.stem for file in (config_dir() / "objective").glob("*.yaml"))
+"""Every preset."""
 
 
 @forks
@@ -33,6 +36,16 @@ def test_killed_at_random_moments_it_ends_as_undisturbed(kind: str, twins: Twins
 @pytest.mark.parametrize("kind", KINDS)
 def test_runs_of_every_kind_killed_at_random_moments_end_as_undisturbed(kind: str, twins: Twins, tmp_path: Path) -> None:
     killed_again_and_again(kind, KILLS_OF_A_KIND, twins, tmp_path / "run", seed=1 + list(KINDS).index(kind))
+
+
+@forks
+@pytest.mark.parametrize("objective", [pytest.param(name, marks=[] if name == "attention_kl" else pytest.mark.slow) for name in OBJECTIVES])
+def test_a_run_with_any_objective_killed_at_a_random_moment_ends_as_undisturbed(
+    objective: str, tiny_command: list[str], tmp_path: Path
+) -> None:
+    command = [*tiny_command, f"objective={objective}"]
+    run(command, tmp_path / "twin")
+    killed(command, digest_run(tmp_path / "twin"), 2, tmp_path / "run", seed=OBJECTIVES.index(objective))
 
 
 @forks
@@ -57,8 +70,12 @@ def test_a_killed_run_goes_on_on_another_host(
 
 
 def killed_again_and_again(kind: str, kills: int, twins: Twins, folder: Path, seed: int = 0) -> None:
+    """The same with a run of one of the kinds."""
+    killed(twins.command(kind), twins.digest(kind), kills, folder, seed)
+
+
+def killed(command: list[str], wanted: str, kills: int, folder: Path, seed: int) -> None:
     """A run gets `kills` kill -9 at random moments of its length, is left alone in the end, and has then become its twin."""
-    command, wanted = twins.command(kind), twins.digest(kind)
     save_every = checked(tuple(command)).trainer.save_every or 6
     length = seconds_of(command, folder.with_name("timed"))
     draw, fired, done_again = random.Random(seed), 0, 0

@@ -323,4 +323,5 @@ def test_memory_that_runs_out_ends_in_a_line_that_names_the_setting_and_nothing_
     line = str(answer)
     assert calls and "trainer.micro_batch_size" in line and "gradient_checkpointing" in line
     assert line.index("micro_batch_size") < line.index("gradient_checkpointing")
+    assert "the fullest from " in line and "corpus.jsonl:" in line
     record("memory that runs out", injected=1, fired=1, refused=1)

@@ -25,6 +25,7 @@ class FakeSink(Sink):
         self.calls: list[Any] = []
         self.raises, self.hangs = raises, hangs
         self.release = threading.Event()
+        self.abandoned = 0
 
     def _do(self, name: str, call: Any) -> None:
         if name == self.raises:
@@ -42,6 +43,9 @@ class FakeSink(Sink):
     def close(self) -> None:
         self._do("close", "close")
 
+    def abandon(self) -> None:
+        self.abandoned += 1
+
 
 def test_rows_arrive_in_order_and_all_of_them_before_the_end() -> None:
     sink = FakeSink()
@@ -50,7 +54,7 @@ def test_rows_arrive_in_order_and_all_of_them_before_the_end() -> None:
         tracker.log(step, METRICS)
     tracker.close()
     tracker.close()
-    assert sink.calls == ["open", *((step, METRICS) for step in range(100)), "close"]
+    assert sink.calls == ["open", *((step, METRICS) for step in range(100)), "close"] and not sink.abandoned
 
 
 @pytest.mark.parametrize("where", ["open", "log", "close"])
@@ -77,7 +81,7 @@ def test_a_tracker_that_hangs_costs_one_warning_and_little_time(
         tracker.log(step, METRICS)
     tracker.close()
     assert time.monotonic() - start < 5
-    assert len(caplog.records) == 1
+    assert len(caplog.records) == 1 and sink.abandoned == 1
     sink.release.set()
 
 
