@@ -22,6 +22,9 @@ from .training.signals import leave_closed_terminal, to_answer
 OF_SWEEP = "MINI_DISTILL_SWEEP"
 """Tells a job the process whose end is its own too: number and start."""
 LOOK_EVERY = 1.0
+_here: set[int] = set()
+"""The jobs that this process waits for."""
+_looks = False
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,21 @@ class RunningJobs:
         """What a job is told. On a cluster it does not end with the process that has submitted it."""
         return {OF_SWEEP: f"{self.parent} {self.parent_start}"} if self.parent in (os.getpid(), os.getppid()) else {}
 
+    def end_with_parent(self) -> None:
+        """In a process of the launcher, when the sweep's first one is gone: joblib's would wait for work for ever."""
+        global _looks
+        if _looks or os.getppid() != self.parent:
+            return
+        _looks = True
+
+        def look() -> None:
+            while os.getppid() == self.parent or _here:
+                time.sleep(LOOK_EVERY)
+            time.sleep(LOOK_EVERY)  # how the job ended is noted
+            os._exit(1)
+
+        threading.Thread(target=look, name="sweep", daemon=True).start()
+
     @contextmanager
     def running(self, job: subprocess.Popen[bytes]) -> Iterator[None]:
         """While a job runs, which this process has started. Of several processes the first one answers Ctrl-C, for all."""
@@ -70,12 +88,14 @@ class RunningJobs:
         with contextlib.suppress(OSError):  # on another machine there is no such folder, and nobody to look
             (self.folder / "here").touch()
             file.touch()
+        _here.add(job.pid)
         try:
             if (number := self.asked) is not None:  # whoever stops all and whoever starts one may not have seen each other
                 job.send_signal(number)
             yield
         finally:
             file.unlink(missing_ok=True)
+            _here.discard(job.pid)
 
     def stop(self, number: int) -> int:
         """Pass a signal on to every job, and let no further one begin. Gives how many there were."""

@@ -50,8 +50,10 @@ def run_as_job(
         flags: Further arguments of the command, such as `--config-dir`.
         jobs: Those that run now, to be stopped together; None: nobody stops them.
     """
-    if jobs is not None and (stopped := jobs.exit_code) is not None:
-        return stopped
+    if jobs is not None:
+        jobs.end_with_parent()
+        if (stopped := jobs.exit_code) is not None:
+            return stopped
     folder = Path(str(config.output_dir))
     name = f"[job {number}] {folder.name}"
     if is_finished(folder, config):
