@@ -8,7 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -23,9 +23,9 @@ from .out_of_memory import is_out_of_memory, out_of_memory
 from .overrides import fixed_keys, missing_preset, prepare_overrides, run_name
 from .redaction import print_traceback
 from .run_to_measure import with_settings_of_run
+from .running_jobs import RunningJobs, end_with_the_sweep, passing_on_signals
 from .starting import begin_work
 from .targets import cache_command, default_folder
-from .training.signals import Terminated, sigterm_as_interrupt
 from .written import read_object
 
 if TYPE_CHECKING:
@@ -63,41 +63,37 @@ def run_command(task: str, config_name: str = "train", schema: type = Config) ->
     the exit code (0 finished, 2 configuration, 3 data, …; of a sweep, the highest of its jobs).
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us whole, instead of being printed by Hydra
-    exit_codes, started = [0], time.time()
+    exit_codes, started, jobs = [0], time.time(), None
 
     def job(composed: DictConfig) -> float | None:
-        exit_codes.append(run_job(task, composed, schema, folders))
-        if exit_codes[-1] in (130, 143):
-            sys.exit(exit_codes[-1])  # who stops a job does not want the sweep's next one to start
+        exit_codes.append(run_job(task, composed, schema, folders, jobs))
+        if exit_codes[-1] in (130, 143) and jobs is None:
+            sys.exit(exit_codes[-1])  # who stops a job in this process does not want the sweep's next one to start
         return None if exit_codes[-1] else value_of(composed)
 
     try:
-        with sigterm_as_interrupt():
-            sys.argv[1:], folders = _prepare_arguments(sys.argv[1:])
+        end_with_the_sweep()  # of which this may be a job
+        sys.argv[1:], folders = _prepare_arguments(sys.argv[1:])
+        sweep = next((text.partition("=")[2] for text in sys.argv if text.startswith(SWEEP_DIR)), None)
+        with passing_on_signals() if task == TRAIN and sweep is not None else nullcontext() as jobs:
             _hydra_main(job, config_name, folders)
-        if (sweep := next((text.partition("=")[2] for text in sys.argv if text.startswith(SWEEP_DIR)), None)) is not None:
-            exit_codes.append(_end_of_sweep(Path(sweep.strip('"')), started))
+            stopped = None if jobs is None else jobs.exit_code
+        if sweep is not None:
+            exit_codes.append(_end_of_sweep(Path(sweep.strip('"')), started, stopped))
     except MiniDistillError as error:
         exit_codes.append(report(error))
-    except KeyboardInterrupt as error:
-        how, code = (_where_terminated(), 143) if isinstance(error, Terminated) else ("interrupted", 130)
-        print(f"error: {how}. The same command goes on from what was saved, if there is anything.", file=sys.stderr)
-        exit_codes.append(code)
+    except KeyboardInterrupt:
+        print("error: interrupted. The same command goes on from what was saved, if there is anything.", file=sys.stderr)
+        exit_codes.append(130)
     sys.exit(max(exit_codes))
 
 
-def _where_terminated() -> str:
-    """SIGTERM that no run has answered came before there was one: torchrun sends it to the others where a process has died."""
-    rank = f"rank {os.environ['RANK']}, step 0 (loading): " if "RANK" in os.environ else ""
-    return f"{rank}stopped by SIGTERM before the run began"
-
-
-def run_job(task: str, composed: DictConfig, schema: type = Config, folders: Sequence[Path] = ()) -> int:
+def run_job(task: str, composed: DictConfig, schema: type = Config, folders: Sequence[Path] = (), jobs: RunningJobs | None = None) -> int:
     """One job of a command line or of a sweep: its exit code. Our own bugs are 1, with their traceback."""
     try:
         if task == TRAIN and (sweep := _sweep_folder()) is not None:
             begin_work()
-            return _run_job_of_sweep(sweep, composed, folders)
+            return _run_job_of_sweep(sweep, composed, folders, jobs)
         config = _checked(composed, _job_overrides, schema)
         module, name = task.split(":")
         function = getattr(importlib.import_module(module), name)
@@ -124,7 +120,7 @@ def value_of(composed: DictConfig) -> float | None:
     return value
 
 
-def _run_job_of_sweep(sweep: Path, composed: DictConfig, folders: Sequence[Path]) -> int:
+def _run_job_of_sweep(sweep: Path, composed: DictConfig, folders: Sequence[Path], jobs: RunningJobs | None) -> int:
     from hydra.core.hydra_config import HydraConfig
 
     from .sweep import run_as_job
@@ -137,7 +133,7 @@ def _run_job_of_sweep(sweep: Path, composed: DictConfig, folders: Sequence[Path]
     config = _checked(composed, lambda: overrides, Config)
     flags = [argument for folder in folders if folder != config_dir() for argument in ("--config-dir", str(folder))]
     flags += [text for text in hydra.overrides.hydra if text.startswith("hydra/")]  # the sweeper that a preset has settings for
-    return run_as_job(config, overrides, hydra.job.num, int(hydra.launcher.get("n_jobs") or 1), flags)
+    return run_as_job(config, overrides, hydra.job.num, int(hydra.launcher.get("n_jobs") or 1), flags, jobs)
 
 
 def _check_direction(direction: str, composed: DictConfig) -> None:
@@ -159,11 +155,14 @@ def _sweep_folder() -> Path | None:
     return Path(HydraConfig.get().sweep.dir)
 
 
-def _end_of_sweep(sweep: Path, started: float) -> int:
+def _end_of_sweep(sweep: Path, started: float, stopped: int | None) -> int:
+    """Say how the jobs ended, and give the exit code: that of a sweep that was stopped, or else the highest."""
     from .sweep import exit_code_of, summary_of
 
-    if summary := summary_of(sweep):
+    if summary := summary_of(sweep, was_stopped=stopped is not None):
         print(summary, flush=True)
+    if stopped is not None:
+        sys.exit(stopped)
     return exit_code_of(sweep, started)
 
 

@@ -35,6 +35,8 @@ def _end(number: int, frame: FrameType | None) -> None:
         os.kill(os.getpid(), number)
         return
     how = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+    if "RANK" in os.environ:  # torchrun sends SIGTERM to the others where a process has died
+        how = f"rank {os.environ['RANK']}, step 0 (loading): {how} before the run began"
     with suppress(OSError):  # a terminal that is gone
         os.write(2, f"error: {how}. The same command goes on from what was saved, if there is anything.\n".encode())
     os._exit(130 if number == signal.SIGINT else 143)

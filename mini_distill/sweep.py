@@ -18,8 +18,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,19 @@ import yaml
 from .config import Config
 from .overrides import override
 from .redaction import redact
+from .running_jobs import RunningJobs
 from .storage import open_regular, read_regular, storage_errors
 from .training.run_folder import JOB_LOG
-from .training.signals import to_answer
+from .written import read_object
 
 JOBS = "jobs.jsonl"
 STOPPED = (130, 143)
 
 
-def run_as_job(config: Config, overrides: Sequence[str], number: int, num_at_once: int, flags: Sequence[str] = ()) -> int:
-    """Train in a process of its own, unless it is done, and give the exit code.
+def run_as_job(
+    config: Config, overrides: Sequence[str], number: int, num_at_once: int, flags: Sequence[str] = (), jobs: RunningJobs | None = None
+) -> int:
+    """Train in a process of its own, unless it is done or the sweep was stopped, and give the exit code.
 
     Args:
         config: The job's settings, checked; `output_dir` is its folder.
@@ -45,7 +48,12 @@ def run_as_job(config: Config, overrides: Sequence[str], number: int, num_at_onc
         number: Of the job, from 0.
         num_at_once: Jobs that run beside it and share the processor.
         flags: Further arguments of the command, such as `--config-dir`.
+        jobs: Those that run now, to be stopped together; None: nobody stops them.
     """
+    if jobs is not None:
+        jobs.end_with_parent()
+        if (stopped := jobs.exit_code) is not None:
+            return stopped
     folder = Path(str(config.output_dir))
     name = f"[job {number}] {folder.name}"
     if is_finished(folder, config):
@@ -54,19 +62,26 @@ def run_as_job(config: Config, overrides: Sequence[str], number: int, num_at_onc
     print(f"{name}: running, see {folder / JOB_LOG}", flush=True)
     started = time.perf_counter()
     command = [sys.executable, "-m", "mini_distill.train", *overrides, override("output_dir", str(folder)), *flags]
-    code = _run(command, folder / JOB_LOG, _environment(config, num_at_once))
+    code = _run(command, folder / JOB_LOG, _environment(config, num_at_once), jobs)
+    if jobs is not None and jobs.asked is not None and code == -jobs.asked:
+        code = jobs.exit_code or 0  # before it could answer
     seconds = time.perf_counter() - started
-    error = _last_line(folder / JOB_LOG) if code > 0 else ""  # who is killed has no last words
+    error = _last_line(folder / JOB_LOG) if code > 0 and code not in STOPPED else ""  # who is killed has no last words
     _note(
         folder.parent / JOBS,
         {"job": number, "overrides": list(overrides), "folder": folder.name, "exit_code": code, "seconds": seconds, "error": error},
     )
-    print(
-        f"{name}: "
-        + (f"failed ({how_it_ended(code)}) {error}".rstrip() if code else f"finished in {seconds:.0f} s{_result(folder, config)}"),
-        flush=True,
-    )
+    if code == 0:
+        said = f"finished in {seconds:.0f} s{_result(folder, config)}"
+    else:
+        said = _where_it_stopped(folder) if code in STOPPED else f"failed ({how_it_ended(code)}) {error}".rstrip()
+    print(f"{name}: {said}", flush=True)
     return code if code >= 0 else 128 - code
+
+
+def _where_it_stopped(folder: Path) -> str:
+    step = read_object(folder / "status.json").get("saved_step", 0)
+    return f"stopped and saved at step {step}" if step else "stopped before its first step"
 
 
 def is_finished(folder: Path, config: Config) -> bool:
@@ -86,14 +101,22 @@ def exit_code_of(sweep: Path, since: float) -> int:
     return max((code if code >= 0 else 128 - code for code in codes), default=0)
 
 
-def summary_of(sweep: Path) -> str:
-    """How many jobs have finished and which have not, and how to compare them; empty where no job has ended."""
+def summary_of(sweep: Path, was_stopped: bool = False) -> str:
+    """How many jobs have finished and which have not, and how to compare them; empty where no job has ended.
+
+    Args:
+        sweep: The folder.
+        was_stopped: Further jobs may not have begun.
+    """
     ended = {entry["folder"]: entry["exit_code"] for entry in jobs_of(sweep)}
     if not ended:
         return ""
-    failed = [folder for folder, code in ended.items() if code]
-    said = f"{len(ended)} jobs: {len(ended) - len(failed)} finished" + (f", {len(failed)} not ({', '.join(failed[:3])})" if failed else "")
-    again = " The same command runs what is missing." if failed else ""
+    stopped = [folder for folder, code in ended.items() if code in STOPPED]
+    failed = [folder for folder, code in ended.items() if code and code not in STOPPED]
+    said = f"{len(ended)} jobs: {len(ended) - len(stopped) - len(failed)} finished"
+    for folders, what in ((stopped, "stopped"), (failed, "not")):
+        said += f", {len(folders)} {what} ({', '.join(folders[:3])})" if folders else ""
+    again = " The same command runs what is missing." if failed or stopped or was_stopped else ""
     return f"{said}.{again} To compare them: python -m mini_distill.report {shlex.quote(str(sweep))}"
 
 
@@ -109,33 +132,15 @@ def _plain(config: Config) -> Any:
     return yaml.safe_load(yaml.safe_dump(redact(dataclasses.asdict(config)), allow_unicode=True))
 
 
-def _run(command: list[str], log: Path, environment: dict[str, str]) -> int:
-    """Run to the end, whatever it prints into the log; who stops the sweep stops the job, which saves first."""
+def _run(command: list[str], log: Path, environment: dict[str, str], jobs: RunningJobs | None) -> int:
+    """Run to the end, whatever it prints into the log, in a session of its own, so that it gets each signal once: from the sweep."""
     with storage_errors(log, "write the log of the job"):
         log.parent.mkdir(parents=True, exist_ok=True)
         file = os.fdopen(open_regular(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab")
+    environment |= jobs.environment() if jobs is not None else {}
     settings: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT, "env": environment, "start_new_session": True}
-    with file, subprocess.Popen(command, stdout=file, **settings) as job, _passing_on_signals(job):
+    with file, subprocess.Popen(command, stdout=file, **settings) as job, jobs.running(job) if jobs is not None else nullcontext():
         return job.wait()
-
-
-@contextmanager
-def _passing_on_signals(job: subprocess.Popen[bytes]) -> Iterator[None]:
-    """SIGTERM, SIGHUP and Ctrl-C reach the job, which is in a session of its own so that it gets each once."""
-
-    def pass_on(number: int, frame: Any) -> None:
-        job.send_signal(number)
-
-    try:
-        before = {number: signal.signal(number, pass_on) for number in to_answer()}
-    except ValueError:  # not the main thread of a launcher: it cannot be asked to stop
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _environment(config: Config, num_at_once: int) -> dict[str, str]:

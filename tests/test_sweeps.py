@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
-from runs import forked_sweep, forks, run
+from runs import checkpoint_steps, forked_sweep, forks, run, status
 
 from mini_distill import sweep
 from mini_distill.cli import _check_direction, config_dir, load_config
 from mini_distill.errors import ConfigError
+from mini_distill.processes import is_alive
+from mini_distill.running_jobs import passing_on_signals
 from mini_distill.sweep import exit_code_of, is_finished, run_as_job
 
 
@@ -29,6 +32,20 @@ def train(folder: Path, *arguments: str, **more: str) -> subprocess.CompletedPro
     command = [sys.executable, "-m", "mini_distill.train", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **more}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """The command line, started in `folder` as from a terminal of its own."""
+    command = [sys.executable, "-m", "mini_distill.train", *arguments]
+    settings: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    return subprocess.Popen(command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, **settings)
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 150) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
 
 
 def job_lines(text: str) -> list[str]:
@@ -95,6 +112,113 @@ def test_only_a_run_with_the_same_settings_is_left_alone(tiny_command: list[str]
     assert not is_finished(folder, load_config([*tiny_command, "seed=1", f"output_dir={folder}"]))
     (folder / "status.json").write_text(json.dumps({"state": "running", "step": 6}))
     assert not is_finished(folder, same)
+
+
+LAUNCHERS = {"basic": [], "joblib": ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]}
+LONG = ["trainer.max_steps=100000", "trainer.log_every=1000", "trainer.save_every=100000", "seed=0,1,2", "hydra.sweep.dir=sweep", "-m"]
+
+
+def start_sweep(launcher: str, tiny_command: list[str], folder: Path) -> tuple[subprocess.Popen[str], list[Path]]:
+    """A sweep without end whose first jobs train: its process, and their folders."""
+    if launcher == "joblib":
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs the extra mini_distill[sweep]")
+    process = start(folder, *tiny_command, *LONG, *LAUNCHERS[launcher])
+    wait_for(lambda: len(training(folder / "sweep")) == (2 if launcher == "joblib" else 1))
+    return process, training(folder / "sweep")
+
+
+def training(sweep: Path) -> list[Path]:
+    """The jobs of a sweep that have begun to train."""
+    return [file.parent for file in sweep.glob("*/metrics.jsonl") if file.read_text()]
+
+
+def has_saved_and_stopped(job: Path, code: int) -> bool:
+    """Whether the status says so, the checkpoint is there, and the process is gone."""
+    found = status(job)
+    ended = found["state"] == "preempted" and found["exit_code"] == code and not is_alive(found["pid"])
+    return ended and checkpoint_steps(job) == [found["saved_step"]][: found["saved_step"] > 0]
+
+
+@pytest.mark.timeout(280)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_stopping_a_sweep_saves_every_running_job_and_begins_no_other(
+    launcher: str, number: signal.Signals, tiny_command: list[str], tmp_path: Path
+) -> None:
+    """With joblib the jobs trained on as orphans after SIGTERM, and died unsaved of Ctrl-C, which came to the launcher's processes too."""
+    process, jobs = start_sweep(launcher, tiny_command, tmp_path)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # a terminal's Ctrl-C is for all of a group
+    else:
+        process.send_signal(number)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, output + errors
+    assert "Traceback" not in errors and f"{number.name}: {len(jobs)} jobs save and stop; no further one begins" in errors
+    assert all(has_saved_and_stopped(job, 128 + number) for job in jobs)
+    ended = [json.loads(line) for line in (tmp_path / "sweep" / "jobs.jsonl").read_text().splitlines()]
+    assert [job["exit_code"] for job in ended] == [128 + number] * len(jobs)
+    for job in jobs:
+        step = status(job)["saved_step"]
+        assert f"{job.name}: " + (f"stopped and saved at step {step}\n" if step else "stopped before its first step\n") in output
+    names = ", ".join(job["folder"] for job in ended)
+    assert f"{len(jobs)} jobs: 0 finished, {len(jobs)} stopped ({names}). The same command runs what is missing." in output
+    assert "failed" not in output and not (tmp_path / "sweep" / "seed=2" / "status.json").exists()
+
+
+@pytest.mark.timeout(280)
+@pytest.mark.parametrize("launcher", ["basic", pytest.param("joblib", marks=pytest.mark.slow)])
+def test_the_jobs_of_a_sweep_that_is_killed_save_and_stop_too(launcher: str, tiny_command: list[str], tmp_path: Path) -> None:
+    process, jobs = start_sweep(launcher, tiny_command, tmp_path)
+    process.kill()
+    process.communicate(timeout=100)  # until nobody holds its output any more: the processes of joblib end, too
+    assert all(has_saved_and_stopped(job, 143) for job in jobs)
+    assert len((tmp_path / "sweep" / "jobs.jsonl").read_text().splitlines()) == len(jobs) or launcher == "basic"
+
+
+@pytest.mark.timeout(280)
+def test_a_job_that_is_stopped_alone_does_not_end_the_sweep_and_goes_on_next_time(tiny_command: list[str], tmp_path: Path) -> None:
+    command = [*tiny_command, "seed=0,1", "trainer.max_steps=60", "trainer.save_every=100000", "hydra.sweep.dir=sweep", "-m"]
+    process = start(tmp_path, *command)
+    wait_for(lambda: training(tmp_path / "sweep"))
+    os.kill(status(tmp_path / "sweep" / "seed=0")["pid"], signal.SIGTERM)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 143, output + errors
+    lines = job_lines(output)
+    assert "[job 0] seed=0: stopped " in lines[1] and "finished in" in lines[3]
+    assert "2 jobs: 1 finished, 1 stopped (seed=0). The same command runs what is missing." in output
+    again = train(tmp_path, *command)
+    assert again.returncode == 0 and "2 jobs: 2 finished." in again.stdout
+
+
+def test_a_stop_that_comes_while_a_job_starts_reaches_it() -> None:
+    """Whoever starts a job and whoever stops them all may not see each other."""
+    with passing_on_signals() as jobs, subprocess.Popen(["sleep", "100"]) as job:
+        assert not jobs.have_run_here and jobs.stop(signal.SIGTERM) == 0
+        with jobs.running(job):
+            assert job.wait(timeout=20) == -signal.SIGTERM
+    assert not jobs.folder.exists()
+
+
+def test_a_job_that_does_not_answer_yet_was_stopped_and_has_not_failed(
+    tiny_command: list[str], tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setattr(sweep, "_run", lambda command, log, environment, jobs: -jobs.stop(signal.SIGTERM) or -signal.SIGTERM)
+    monkeypatch.setattr(sweep, "_last_line", lambda log: "Traceback")
+    config = load_config([*tiny_command, f"output_dir={tmp_path / 'sweep' / 'job'}"])
+    (tmp_path / "sweep").mkdir()
+    with passing_on_signals() as jobs:
+        assert run_as_job(config, tiny_command, 0, 1, jobs=jobs) == 143
+        assert capsys.readouterr().out.endswith("stopped before its first step\n")
+        assert run_as_job(config, tiny_command, 1, 1, jobs=jobs) == 143
+        assert capsys.readouterr().out == ""  # it does not begin
+
+
+def test_where_no_job_has_run_a_signal_does_what_it_did_before() -> None:
+    """Jobs of a cluster are the cluster's to stop: the command that has submitted them ends at once."""
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(KeyboardInterrupt), passing_on_signals():
+        os.kill(os.getpid(), signal.SIGINT)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 @pytest.mark.parametrize("preset", sorted(path.stem for path in (config_dir() / "sweep").glob("*.yaml")))

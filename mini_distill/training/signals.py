@@ -18,30 +18,6 @@ from ..errors import Preempted
 SAME_PRESS = 0.3  # seconds; a terminal and torchrun both pass on one Ctrl-C
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, where nothing answers it better."""
-
-
-@contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
-    """In here SIGTERM raises `Terminated` in the main thread, as Ctrl-C raises KeyboardInterrupt; forked processes it ends as ever."""
-    process = os.getpid()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if os.getpid() == process:
-            raise Terminated
-        _end_forked(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _end_forked(number: int) -> None:
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
