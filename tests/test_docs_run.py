@@ -156,7 +156,8 @@ def run_here(verb: str, arguments: list[str]) -> None:
 
 def run_program(*words: str) -> str:
     """In a process of its own; what it printed."""
-    ended = subprocess.run([sys.executable, *words], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment, start_new_session=True)
     assert ended.returncode == 0, f"{shlex.join(words)}\n{ended.stdout[-3000:]}\n{ended.stderr[-3000:]}"
     return ended.stdout
 
