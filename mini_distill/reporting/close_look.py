@@ -17,7 +17,7 @@ from .places import short_path
 def reliability(found: Measured) -> Drawing | None:
     """How often the most likely token is right, against how likely the models say it is."""
     series = []
-    for model in reversed(MODELS):  # the student on top
+    for model in MODELS:  # the first is on top
         bins = [b for b in found.details.get("reliability", {}).get(model, []) if b.get("tokens") and _is_known(b)]
         points = [(float(b["confidence"]), float(b["accuracy"])) for b in bins]
         titles = [

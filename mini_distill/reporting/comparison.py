@@ -132,7 +132,7 @@ def _spread(key: str, values: Sequence[float], text: Callable[[float], str]) -> 
         return ""
     if key.startswith("perf/"):
         return f"{text(min(values))} – {text(max(values))}"
-    return f"± {text(interval(values)).removesuffix(' %')}"
+    return f"± {text(interval(values)).removesuffix(' %').removesuffix(' points')}"
 
 
 def grouped(runs: Sequence[Measured]) -> list[Group]:

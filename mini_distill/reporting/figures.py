@@ -12,7 +12,7 @@ from ..evaluation.table import COLUMNS, ROWS, count, decimals, percent
 from ..storage import size_text
 from .measured import Measured, finite
 
-MODELS = ("teacher", "student")
+MODELS = ("student", "teacher")  # in this order on the whole page: a narrow screen shows the first
 PAGE_COLUMNS = (3, 2, 0, 1)  # of a table of keys: student after, control, teacher, student before; the first are what a narrow screen shows
 HIGHER_IS_BETTER = re.compile(r"agreement|correlation|gap_closed|kl_reduction|tokens_per_second|distinct|^task/(?!.*from_half)")
 NOT_FINITE = "not finite"
@@ -129,6 +129,11 @@ def ratio(found: Measured, above: str, below: str, text: Callable[[float], str])
     if top is None or not bottom:
         return None
     return Figure(text(top / bottom), f"{above} {below}", top / bottom)
+
+
+def points(value: float) -> str:
+    """How far two shares are apart: 4.7 points."""
+    return f"{100 * abs(value):.1f} points"
 
 
 def factor(value: float) -> str:

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from .. import __version__
 from ..evaluation.printable import printable
-from . import close_look, comparison, run_page, sweep, verdict
+from . import close_look, comparison, run_page, sweep, task_tables, verdict
 from .figures import Figure, Numbered, Table, figures_table
 from .measured import Measured
 from .settings import settings_tables
@@ -43,15 +43,11 @@ def environment() -> Environment:
 
 def page_of_run(found: Measured) -> str:
     """One run or evaluation."""
-    figures, efficiency, tasks, generations = (
-        figures_table(found),
-        run_page.efficiency(found),
-        run_page.tasks(found),
-        run_page.generations(found),
-    )
+    figures, efficiency, generations = figures_table(found), run_page.efficiency(found), run_page.generations(found)
+    tasks = [table for table in (task_tables.skills(found), task_tables.stereotypes(found)) if table is not None]
     tiles = run_page.tiles(found)
-    in_tables = {key for table in (figures, efficiency, tasks, generations) for key in _keys(table)} | {tile.figure.keys for tile in tiles}
-    in_tables |= run_page.repeated(found)
+    in_tables = {key for table in (figures, efficiency, *tasks, generations) for key in _keys(table)} | {tile.figure.keys for tile in tiles}
+    in_tables |= task_tables.repeated(found)
     return (
         environment()
         .get_template("run.html.jinja")

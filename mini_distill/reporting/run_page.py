@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
 from ..compare import has_teacher_signal, objective_text
-from ..evaluation.table import FROM_HALF, count, percent
+from ..evaluation.table import percent
 from .charts import Chart, Drawing, Series, draw, thinned
 from .figures import MODELS, Cell, Figure, Table, count_text, factor, figure, ratio, signed_free, times
-from .measured import Measured, finite
+from .measured import Measured
 from .places import short_path, without_paths
 from .settings import shown
 
@@ -156,13 +156,13 @@ def efficiency(found: Measured) -> Table | None:
     lines = [*COSTS[:BATCHED_AFTER], *batched, *COSTS[BATCHED_AFTER:]]
     rows: list[list[Cell]] = []
     for label, family, name in lines:
-        teacher, student = (f"{family}/{model}_{name}" for model in MODELS)
+        student, teacher = (f"{family}/{model}_{name}" for model in MODELS)
         if teacher in found.summary or student in found.summary:
-            rows.append([label, figure(found, teacher), figure(found, student), ratio(found, student, teacher, factor)])
-    return Table("What the models cost", ["", "teacher", "student", "student ÷ teacher"], rows) if rows else None
+            rows.append([label, figure(found, student), figure(found, teacher), ratio(found, student, teacher, factor)])
+    return Table("What the models cost", ["", *MODELS, "student ÷ teacher"], rows) if rows else None
 
 
-WRITTEN = {"words": "words a text", "repetition": "repeated 4-grams", "distinct_1": "distinct words", "distinct_2": "distinct word pairs"}
+WRITTEN = {"tokens": "tokens a text", "repetition": "repeated 4-grams", "distinct_1": "distinct words", "distinct_2": "distinct word pairs"}
 
 
 def generations(found: Measured) -> Table | None:
@@ -174,75 +174,6 @@ def _by_model(found: Measured, family: str, caption: str, label: Any) -> Table |
     names = dict.fromkeys(key.partition("/")[2].partition("_")[2] for key in found.summary if key.startswith(f"{family}/") and "_" in key)
     rows: list[list[Cell]] = [[label(name), *(figure(found, f"{family}/{model}_{name}") for model in MODELS)] for name in names]
     return Table(caption, ["", *MODELS], rows) if rows else None
-
-
-def tasks(found: Measured) -> Table | None:
-    """What the models got on each task and each group of it: `task/<name>/<model>`, `task/<name>/<group>/<model>`."""
-    keys = {key for key in found.summary if key.startswith("task/") and key.rpartition("/")[2] in MODELS}
-    names = sorted({key.rpartition("/")[0] for key in keys - repeated(found)})
-    about = _about_tasks(found)
-    has_distances = any(key.endswith(FROM_HALF) for key in found.summary)
-    rows: list[list[Cell]] = []
-    for name in names:
-        teacher, student = (_with_error(found, f"{name}/{model}") for model in MODELS)
-        kind, items = about.get(name, ("", None))
-        label = f"{name.removeprefix('task/').replace('/', ' / ')}{f' ({kind})' if kind else ''}"
-        distances = [_distance(found, f"{name}/{model}") for model in MODELS] if has_distances else []
-        change = _approach(name, *distances) if any(distances) else _difference(name, teacher, student)
-        rows.append([label, figure(found, f"{name}/items") or items, teacher, student, *distances, change])
-    header = ["task", "items", *MODELS, *([f"{model} from 50 %" for model in MODELS] if has_distances else []), "difference"]
-    note = "± is the standard error over items"
-    note += "; of a stereotype score 50 % is no preference, and the distance from it counts" if has_distances else ""
-    return Table(note, header, rows) if rows else None
-
-
-def _distance(found: Measured, key: str) -> Figure | None:
-    """How far a stereotype score is from 50 %, ± the score's own standard error."""
-    shown, error = figure(found, f"{key}{FROM_HALF}"), figure(found, f"{key}_standard_error")
-    return replace(shown, spread=f"± {error.text.removesuffix(' %')}", keys=f"{shown.keys} {error.keys}") if shown and error else shown
-
-
-def _approach(name: str, teacher: Figure | None = None, student: Figure | None = None) -> Figure | None:
-    """How much nearer to no preference the student is than its teacher."""
-    if teacher is None or student is None or teacher.value is None or student.value is None:
-        return None
-    shift = student.value - teacher.value
-    text = f"{100 * abs(shift):.1f} points {'further from' if shift > 0 else 'nearer to'} 50 %"
-    return Figure(text, f"{name}/student{FROM_HALF} {name}/teacher{FROM_HALF}", shift)
-
-
-def repeated(found: Measured) -> set[str]:
-    """`task/<name>/<metric>/<model>` of the metric that `task/<name>/<model>` is: once is enough."""
-    tasks = {f"task/{name.replace('/', '-')}": str(task.get("kind", "")) for name, task in found.details.get("tasks", {}).items()}
-    twice = {(f"{task}/{kind.replace('/', '-')}/{model}", f"{task}/{model}") for task, kind in tasks.items() for model in MODELS}
-    return {again for again, once in twice if again in found.summary and found.summary[again] == found.summary.get(once)}
-
-
-def _difference(name: str, teacher: Figure | None, student: Figure | None) -> Figure | None:
-    if teacher is None or student is None or teacher.value is None or student.value is None:
-        return None
-    shift = student.value - teacher.value
-    text = f"{100 * shift:+.1f} points" if teacher.text.endswith("%") and student.text.endswith("%") else f"{shift:+.3g}"
-    return Figure(text.replace("-", "−"), f"{name}/student {name}/teacher", shift)
-
-
-def _about_tasks(found: Measured) -> dict[str, tuple[str, Figure | None]]:
-    """What details.json has of a task and of its groups, by the key in the summary: the kind, and the number of items of a group."""
-    about: dict[str, tuple[str, Figure | None]] = {}
-    for name, task in found.details.get("tasks", {}).items():
-        key = f"task/{name.replace('/', '-')}"
-        about[key] = (str(task.get("kind", "")), None)
-        for group in task["groups"]:
-            items, label = finite(group.get("items")), str(group.get("label", "")).replace("/", "-")
-            shown = None if items is None else Figure(count(items), f"tasks/{name}/{group.get('label', '')}/items", items)
-            about[f"{key}/{label}"] = ("", shown)
-    return about
-
-
-def _with_error(found: Measured, key: str) -> Figure | None:
-    """A task's figure, ± its standard error where that was measured."""
-    shown, error = figure(found, key), figure(found, f"{key}_standard_error")
-    return replace(shown, spread=f"± {error.text.removesuffix(' %')}", keys=f"{key} {error.keys}") if shown and error else shown
 
 
 def further(found: Measured, shown: set[str]) -> Table | None:

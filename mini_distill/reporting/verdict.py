@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from ..compare import has_teacher_signal
 from ..evaluation.table import percent
 from .comparison import GAP, Group
-from .figures import Figure, factor, text_of
+from .figures import Figure, factor, points, text_of
 from .measured import Measured
 from .run_page import has_objective
 
@@ -18,6 +18,7 @@ SIZES = ("model/student_parameters", "model/teacher_parameters")
 SPEEDS = ("perf/student_tokens_per_second", "perf/teacher_tokens_per_second")
 HELPED, MUCH, LOST, SAVED = "Did distillation help?", "By how much?", "What was lost?", "What was saved?"
 ONE_SEED = " One seed cannot tell a small difference from chance."
+INTERVAL = " ± is half a 95 % confidence interval over seeds"
 MOST_TASKS = 3
 MOST_GROUPS = 4
 NO_SKILL = "stereotype"
@@ -79,8 +80,8 @@ def _told_from_chance(mean: float, half: float | None) -> tuple[str, str]:
     if half is None:
         return ("Yes, in this run:" if mean > 0 else "No, not in this run:"), ONE_SEED
     if abs(mean) <= half:
-        return "Not clear:", " The interval (±) includes no difference at all: more seeds would tell."
-    return ("Yes:" if mean > 0 else "No, it did harm:"), ""
+        return "Not clear:", f"{INTERVAL}, which includes no difference at all: more seeds would tell."
+    return ("Yes:" if mean > 0 else "No, it did harm:"), f"{INTERVAL}."
 
 
 def _how_much(group: Group) -> Parts:
@@ -116,18 +117,25 @@ def _lost(group: Group) -> Parts:
         ]
     if agreement is not None:
         told += ["Both think the same token the most likely at ", agreement, " of the places. "]
-    for name, student, teacher in list(_skills(group))[:MOST_TASKS]:
-        told += [f"On {name} it gets ", student, ", its teacher ", teacher, ". "]
+    for name, student, below in list(_skills(group))[:MOST_TASKS]:
+        told += [
+            f"On {name} it gets ",
+            student,
+            ", ",
+            _unsigned(below),
+            f" {'below' if (below.value or 0) >= 0 else 'above'} its teacher. ",
+        ]
     return tuple(told)
 
 
 def _skills(group: Group) -> Iterator[tuple[str, Figure, Figure]]:
-    """(name, student's figure, teacher's) of each task on which more is better."""
+    """(name, the student's figure, how far it is below its teacher's) of each task on which more is better."""
     for name, task in group.members[0].details.get("tasks", {}).items():
-        key = f"task/{name.replace('/', '-')}"
-        student, teacher = group.figure(f"{key}/student"), group.figure(f"{key}/teacher")
-        if student is not None and teacher is not None and task.get("kind") != NO_SKILL:
-            yield name, student, teacher
+        keys = [f"task/{name.replace('/', '-')}/{model}" for model in ("teacher", "student")]
+        student, below = group.figure(keys[1]), group.made(keys, operator.sub, points)
+        is_share = student is not None and student.text.endswith("%")  # and no perplexity
+        if student is not None and below is not None and is_share and task.get("kind") != NO_SKILL:
+            yield name, student, below
 
 
 def _saved(group: Group) -> Parts:

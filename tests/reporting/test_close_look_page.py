@@ -33,7 +33,7 @@ def test_a_token_tells_its_numbers_and_a_stronger_difference_is_darker(tmp_path:
     (text,) = differences(open_measured(write_run(tmp_path / "run", details=details("def"))))
     assert [token.heat for token in text.tokens] == [None, 4, 6]
     assert text.tokens[1].title == (
-        f"KL 1.25 nats\nteacher gives it {100 * math.exp(-0.4):.1f} %, expects “def”\nstudent gives it {100 * math.exp(-2.3):.1f} %, expects “def”"
+        f"KL 1.25 nats\nstudent gives it {100 * math.exp(-2.3):.1f} %, expects “def”\nteacher gives it {100 * math.exp(-0.4):.1f} %, expects “def”"
     )
     assert [row[0] for row in text.worst.rows] == ["↵", "def"]  # the furthest first
 

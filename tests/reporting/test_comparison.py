@@ -114,7 +114,7 @@ def test_over_seeds_the_answer_is_as_sure_as_its_interval(tmp_path: Path) -> Non
 
     assert answer("sure", [0.40, 0.41, 0.42]).startswith("Yes: on held-out text the student's loss is 0.410± 0.025 nats per token lower")
     assert answer("unsure", [0.4, -0.3, 0.3]).startswith("Not clear:")
-    assert "The interval (±) includes no difference at all: more seeds would tell." in answer("torn", [0.4, -0.3, 0.3])
+    assert "interval over seeds, which includes no difference at all: more seeds would tell." in answer("torn", [0.4, -0.3, 0.3])
     assert answer("harm", [-0.40, -0.41, -0.42]).startswith("No, it did harm:")
 
 

@@ -15,7 +15,7 @@ from mini_distill.processes import this_host
 from mini_distill.report import main, report
 from mini_distill.reporting.figures import Figure, figures_table, seconds, text_of
 from mini_distill.reporting.measured import open_measured
-from mini_distill.reporting.run_page import curves, not_measured, tasks
+from mini_distill.reporting.run_page import curves, efficiency, not_measured
 from mini_distill.reporting.settings import settings_tables
 from mini_distill.reporting.verdict import answers_of_run
 
@@ -32,7 +32,7 @@ def test_the_words_say_what_the_figures_say(tmp_path: Path) -> None:
     assert "One seed cannot tell a small difference from chance." in said
     assert "By how much? Perplexity 33.12 instead of the control's 49.40; the teacher's is 12.18. That closes 28.6 % of the gap" in said
     assert "What was lost? Its loss is 1.000 nats per token higher than the teacher's." in said
-    assert "the same token the most likely at 41.7 % of the places. On blimp it gets 75.0 %, its teacher 85.0 %." in said
+    assert "the same token the most likely at 41.7 % of the places. On blimp it gets 75.0 %, 10.0 points below its teacher." in said
     assert "What was saved? It has 33.3 % of the teacher's parameters and reads text 3.00 times as fast" in said
 
 
@@ -123,54 +123,14 @@ def test_the_teachers_level_is_beside_the_held_out_loss(tmp_path: Path) -> None:
     assert len(drawn["Training loss"].chart.series[0].points) == 8
 
 
-def test_tasks_have_both_models_their_difference_and_their_standard_error(tmp_path: Path) -> None:
-    more = summary(3.5, 8) | {"task/blimp/items": 100.0, "task/blimp/student_standard_error": 0.043}
-    table = tasks(open_measured(write_run(tmp_path / "run", summary=more)))
-    assert table is not None and table.rows[0][0] == "blimp (accuracy)" and table.rows[1][0] == "blimp / agreement"
-    of_group = table.rows[1][1]
-    assert isinstance(of_group, Figure) and of_group.value == 40
-    items, teacher, student, difference = (cell for cell in table.rows[0][1:] if isinstance(cell, Figure))
-    assert (items.text, teacher.text, student.text, student.spread, difference.text) == ("100", "85.0 %", "75.0 %", "± 4.3", "−10.0 points")
-
-
-def test_stereotype_scores_have_their_distance_from_no_preference(tmp_path: Path) -> None:
-    """The student's 55 % stood `+24 points` from its teacher's 31 %, and is the nearer one to 50 %."""
-    crows = {
-        "task/crows/age/teacher": 0.31,
-        "task/crows/age/teacher_from_half": 0.19,
-        "task/crows/age/student": 0.55,
-        "task/crows/age/student_standard_error": 0.022,
-        "task/crows/age/student_from_half": 0.05,
-    }
-    run = write_run(tmp_path / "run", summary=summary(3.5, 8) | crows)
-    table = tasks(open_measured(run))
-    assert table is not None
-    assert list(table.header[2:]) == ["teacher", "student", "teacher from 50 %", "student from 50 %", "difference"]
-    cells = next(row for row in table.rows if row[0] == "crows / age")
-    texts = [f"{cell.text} {cell.spread}".strip() if isinstance(cell, Figure) else cell for cell in cells[2:]]
-    assert texts == ["31.0 %", "55.0 % ± 2.2", "19.0 %", "5.0 % ± 2.2", "14.0 points nearer to 50 %"]
-    blimp = next(row for row in table.rows if row[0] == "blimp (accuracy)")
-    assert blimp[4:6] == [None, None] and isinstance(blimp[6], Figure) and blimp[6].text == "−10.0 points"
-    assert "task/crows/age/student_from_half" not in report([run]).read_text(encoding="utf-8").partition("All other figures")[2]
-
-
-def test_a_task_of_the_harness_is_one_line(tmp_path: Path) -> None:
-    """`task/quiz/student` is the main metric, which `task/quiz/acc/student` has once more: both were rows."""
-    figures = {f"task/quiz/{name}{model}": 0.5 for name in ("", "acc/") for model in ("teacher", "student")}
-    figures |= {f"task/quiz/acc_norm/{model}": 0.6 for model in ("teacher", "student")}
-    groups = [{"label": name, "teacher": 0.5, "student": 0.5} for name in ("acc", "acc_norm")]
-    run = write_run(tmp_path / "run", summary=figures, details={"tasks": {"quiz": {"kind": "acc", "groups": groups}}})
-    table = tasks(open_measured(run))
-    assert table is not None and [row[0] for row in table.rows] == ["quiz (acc)", "quiz / acc_norm"]
-    assert "task/quiz/acc/student" not in report([run]).read_text(encoding="utf-8")
-
-
 def test_the_student_comes_first_where_a_narrow_screen_shows_it(tmp_path: Path) -> None:
     """On a telephone the last of four columns, the student's, lay beyond the edge."""
     table = figures_table(open_measured(write_run(tmp_path / "run")))
     assert table is not None and list(table.header) == ["", "student after", "control", "teacher", "student before"]
     first = [cell.text if isinstance(cell, Figure) else cell for cell in table.rows[0]]
     assert first == ["perplexity\u00a0↓", "33.12", "49.40", "12.18", "90.02"]
+    cost = efficiency(open_measured(tmp_path / "run"))
+    assert cost is not None and list(cost.header) == ["", "student", "teacher", "student ÷ teacher"]
 
 
 def test_settings_that_differ_from_the_defaults_come_first(tmp_path: Path) -> None:

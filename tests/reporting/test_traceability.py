@@ -127,7 +127,11 @@ def check(page: Path, usual: str) -> int:
         if spread:
             halves = files[0][errors[0]] if errors else {interval(values) for values in fitting if len(values) > 1}
             halves = {min(fitting[0]), max(fitting[0])} if "–" in spread else halves
-            parts = spread.split(" – ") if "–" in spread else [spread.removeprefix("± ") + (" %" if shown.endswith("%") else "")]
+            parts = (
+                spread.split(" – ")
+                if "–" in spread
+                else [spread.removeprefix("± ") + next((unit for unit in (" %", " points") if shown.endswith(unit)), "")]
+            )
             assert all(any(rounded(part, half) for half in halves) for part in parts), f"{key}: '{spread}' is none of {halves}"
     return len(figures)
 
