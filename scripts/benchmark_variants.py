@@ -442,6 +442,8 @@ def _train(work: Work, trainer: Any) -> None:
 
 # ------------------------------------------------------------------------------------------------------------------------ the process
 
+OWN = ("mini_distill", "ce_fused", "teacher_rows")
+
 VARIANTS: dict[str, Callable[[Work], Step | None]] = {
     function.__name__: function
     for function in (
@@ -498,6 +500,8 @@ def run(settings: Settings, turns: Turns) -> dict[str, Any]:
 def main() -> None:
     """`benchmark_step.py` starts this with the settings in JSON."""
     settings = Settings(**json.loads(sys.argv[1]))
+    if settings.variant in OWN:
+        importlib.import_module("mini_distill")  # which sets torch's allocator up, as in training, before the first tensor
     torch.set_num_threads(settings.threads)
     turns = Turns(settings.device)
     try:
