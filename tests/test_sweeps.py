@@ -171,7 +171,7 @@ def test_the_jobs_of_a_sweep_that_is_killed_save_and_stop_too(launcher: str, tin
     process, jobs = start_sweep(launcher, tiny_command, tmp_path)
     process.kill()
     process.communicate(timeout=100)  # until nobody holds its output any more: the processes of joblib end, too
-    assert all(has_saved_and_stopped(job, 143) for job in jobs)
+    wait_for(lambda: all(has_saved_and_stopped(job, 143) for job in jobs), 60)
     assert len((tmp_path / "sweep" / "jobs.jsonl").read_text().splitlines()) == len(jobs) or launcher == "basic"
 
 

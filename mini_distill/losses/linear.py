@@ -60,6 +60,29 @@ class TeacherRows(Protocol):
         """What it says about some of them: logits `(n, V)`, or anything else that can be sliced by rows."""
 
 
+class Scratch:
+    """Memory for logits that is used again from step to step: on a CPU new memory costs as much as a softmax.
+
+    On a GPU torch's allocator keeps what is freed and lends it to the rest of the step, so there one of these lasts for one batch.
+    """
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def take(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """`(rows, columns)` with anything in it; the place of what was taken before."""
+        size, memory = rows * columns, self._memory
+        if memory is None or memory.dtype != dtype or memory.device != device or memory.numel() < size:
+            self._memory = None  # given back before the larger one is asked for
+            self._memory = memory = torch.empty(size, dtype=dtype, device=device)
+        return memory[:size].view(rows, columns)
+
+    @classmethod
+    def on(cls, device: torch.device, kept: Scratch) -> Scratch:
+        """`kept`, where that is quicker; else a new one."""
+        return kept if device.type == "cpu" else cls()
+
+
 def linear_terms(
     hidden: Tensor,
     head: Head,
@@ -70,6 +93,7 @@ def linear_terms(
     *,
     vocab_size: int | None = None,
     memory_mib: float | None = None,
+    scratch: Scratch | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of the terms over all tokens, with its gradient, and the sum of each.
 
@@ -85,6 +109,7 @@ def linear_terms(
         weights: Of each term.
         vocab_size: Tokens of the vocabulary; rows of the head beyond it only pad it and are left out. None: all.
         memory_mib: Budget for the logits of a chunk of student and teacher together, in MiB. None: by the kind of device.
+        scratch: Where the student's logits of a chunk lie; None: in memory of this call.
 
     Returns:
         The loss, a scalar with a graph to `hidden` and the head's parameters, and the terms `(K,)`, detached. Backward can run
@@ -103,7 +128,7 @@ def linear_terms(
     parameters = [module.weight, module.bias] if plain else [p for p in module.parameters() if p.requires_grad]
     memory = (memory_mib or MEMORY_MIB.get(hidden.device.type, MEMORY_MIB["cuda"])) * 2**20
     factors = torch.tensor(weights, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-    call = _Call(head, plain, teacher, targets, terms, factors, vocab_size, memory)
+    call = _Call(head, plain, teacher, targets, terms, factors, vocab_size, memory, scratch or Scratch())
     return _LinearTerms.apply(call, hidden, *parameters)
 
 
@@ -120,9 +145,10 @@ class _Call:
         weights: Tensor,
         vocab_size: int | None,
         memory: float,
+        scratch: Scratch,
     ) -> None:
         self.head, self.plain, self.teacher, self.targets = head, plain, teacher, targets
-        self.terms, self.weights, self.vocab_size, self.memory = terms, weights, vocab_size, memory
+        self.terms, self.weights, self.vocab_size, self.memory, self.scratch = terms, weights, vocab_size, memory, scratch
         self.need_gradient = torch.is_grad_enabled()  # inside the function it never is
 
     def chunks(self, tokens: int, vocab: int) -> list[slice]:
@@ -193,12 +219,11 @@ class _PlainHead:
         self.hidden_gradient = _wide(torch.empty_like, hidden) if need[0] else None
         self.weight_gradient = _wide(torch.zeros_like, weight) if need[1] else None
         self.bias_gradient = _wide(torch.zeros_like, bias) if bias is not None and need[2] else None
-        self.buffer: Tensor | None = None
+        self.scratch = call.scratch
 
     def logits(self, rows: slice) -> Tensor:
-        """In float32 or wider; the memory of the last chunk is used again, since fresh memory costs as much as a softmax."""
-        self.buffer = project(self.narrow_hidden[rows], self.weight, self.bias, self.buffer)
-        return self.buffer
+        """In float32 or wider; in the place of the last chunk's."""
+        return project(self.narrow_hidden[rows], self.weight, self.bias, self.scratch)
 
     def backward(self, rows: slice, gradient: Tensor) -> None:
         """Add a chunk's part to the gradients."""
@@ -285,17 +310,14 @@ def matmul_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 @torch.no_grad()
-def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor | None = None) -> Tensor:
+def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, scratch: Scratch) -> Tensor:
     """hidden · weightᵀ + bias, `(n, H)` and `(V, H)` -> `(n, V)`, in float32 or wider whatever the factors are.
 
     Args:
-        buffer: The result of an earlier call, whose memory is used again where it is large enough.
+        scratch: Where the result lies, until the next call with it.
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    shape = (len(hidden), len(weight))
-    if buffer is None or buffer.dtype != wide or len(buffer) < shape[0] or buffer.shape[1] != shape[1]:
-        buffer = torch.empty(shape, dtype=wide, device=hidden.device)
-    logits = buffer[: len(hidden)]
+    logits = scratch.take(len(hidden), len(weight), wide, hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
         if hidden.dtype == wide:
             torch.mm(hidden, weight.T, out=logits)

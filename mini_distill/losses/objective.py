@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax, nll_loss
 
-from .linear import Head, TeacherRows, linear_terms
+from .linear import Head, Scratch, TeacherRows, linear_terms
 from .reduction import at_least_float32
 from .schedule import Schedule, multiplier
 from .sparse import SampledRows, SparseRows, TopKRows
@@ -137,6 +137,7 @@ class Objective:
             self.divergences.insert(0, first)
         self.ce_weight, self.vocab_size, self.memory_mib = ce_weight, vocab_size, memory_mib
         self.schedules, self.step = schedules or {}, 1
+        self.scratch = Scratch()
         self.matching: InnerMatching | None = None  # once the models are there
         self._dense_sums: Callable[..., Tensor] = _compiled(self._term_sums) if compile else self._term_sums
 
@@ -198,6 +199,7 @@ class Objective:
             self.factors(),
             vocab_size=self.vocab_size,
             memory_mib=self.memory_mib,
+            scratch=Scratch.on(student_hidden.device, self.scratch),
         )
         return ObjectiveSums(loss, dict(zip(self.names, sums, strict=True)))
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..data.batch import Batch
 from ..errors import ModelError
-from ..losses.linear import is_plain, matmul_dtype, project
+from ..losses.linear import Scratch, is_plain, matmul_dtype, project
 from ..losses.reduction import at_least_float32, loss_mask
 
 
@@ -59,23 +59,22 @@ class OutputHead:
         return logits
 
     @torch.no_grad()
-    def wide_logits(self, hidden: Tensor, vocab_size: int | None, buffer: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def wide_logits(self, hidden: Tensor, vocab_size: int | None, scratch: Scratch) -> Tensor:
         """The logits summed in float32 or wider, whatever the head is stored in; no gradient.
 
         Args:
             hidden: `(n, hidden)`.
             vocab_size: Columns beyond it are left out; None: none are.
-            buffer: That of an earlier call, whose memory is used again.
+            scratch: What they may lie in, until the next call with it.
 
         Returns:
-            The logits `(n, vocab)`, and the buffer that they may lie in.
+            `(n, vocab)`.
         """
         if not is_plain(self.module):
-            return self.adjust(at_least_float32(self.module(hidden)[:, :vocab_size])), None
+            return self.adjust(at_least_float32(self.module(hidden)[:, :vocab_size]))
         weight, bias = self.module.weight[:vocab_size], self.module.bias
         dtype = matmul_dtype(hidden, weight)
-        buffer = project(hidden.to(dtype), weight.to(dtype), None if bias is None else bias[:vocab_size], buffer)
-        return self.adjust(buffer), buffer
+        return self.adjust(project(hidden.to(dtype), weight.to(dtype), None if bias is None else bias[:vocab_size], scratch))
 
 
 def output_head(student: nn.Module) -> OutputHead:

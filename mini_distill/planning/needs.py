@@ -82,7 +82,7 @@ class Needs:
             "process": 0 if self.on_gpu else PROCESS_BYTES,
         }
         step = max(self._peak(phase) for phase in PHASES[:-1])
-        evaluation = self.evaluation.peaks["evaluation"]
+        evaluation = self.evaluation.peaks["evaluation"] + self._kept()
         alive = sum(held.values()) + max(step, evaluation)
         gaps = 0 if self.on_gpu else self._gaps(step, evaluation)
         parts = {
@@ -97,9 +97,15 @@ class Needs:
         return parts | {"alive": alive, "total": alive + gaps}
 
     def _peak(self, phase: str) -> int:
-        """Bytes of a phase; on a GPU with the terms' gradient, which is of a chunk at a time there."""
-        terms = self._logits() // 2 if self.on_gpu and phase == "loss" else 0
-        return self.step.peaks.get(phase, 0) + terms
+        """Bytes of a phase; on a GPU with the terms' gradient, which is of a chunk at a time there; on a CPU with the logits' memory."""
+        terms = self._logits() // 2 if self.on_gpu else 0
+        return self.step.peaks.get(phase, 0) + (terms if phase == "loss" else self._kept())
+
+    def _kept(self) -> int:
+        """Bytes of the logits of the last chunk, whose memory waits for the next (`losses/linear.Scratch`)."""
+        if self.on_gpu:
+            return 0
+        return self._logits() if self.models.teacher is not None and is_asked(self.config) else self._logits() // 2
 
     def _gaps(self, step: int, evaluation: int) -> int:
         """What the heap holds and nobody uses, when it is largest."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..config import CacheConfig
 from ..errors import ConfigError
-from ..losses.linear import TeacherRows
+from ..losses.linear import Scratch, TeacherRows
 from ..losses.sparse import SampledRows, TopKRows
 from ..models.head import OutputHead
 from .bit_packing import bits_for, pack, pack_rising, rising_bytes, unpack_rising
@@ -300,6 +300,10 @@ class Hidden(Kind):
 
     head: OutputHead | None = None
 
+    def __init__(self, config: CacheConfig, vocab_size: int) -> None:
+        super().__init__(config, vocab_size)
+        self.scratch = Scratch()
+
     def encode(self, logits: Tensor, hidden: Tensor, generator: torch.Generator) -> Columns:
         """One column, in the dtype that the teacher gave."""
         return {"hidden": to_array(hidden)}
@@ -316,7 +320,7 @@ class Hidden(Kind):
         self.head.module.to(device)
         rows = reading.rows("hidden")
         reading.check(np.isfinite(_wide(rows)).all(1), "hidden", lambda _: "holds numbers that are not finite")
-        return DenseTargets(to_tensor(rows).to(device), self.head, device)
+        return DenseTargets(to_tensor(rows).to(device), self.head, device, Scratch.on(device, self.scratch))
 
 
 KINDS: dict[str, type[Kind]] = {"sampled": Sampled, "topk": TopK, "full": Full, "hidden": Hidden}

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..data.batch import Batch
+from ..losses.linear import Scratch
 from ..models.head import LanguageModel
 from .targets import DenseTargets
 
@@ -25,6 +26,7 @@ class OnlineTeacher:
     def __init__(self, model: PreTrainedModel, where: str = "teacher.path") -> None:
         self.model = model.eval().requires_grad_(False)
         self.language_model = LanguageModel(model, where).eval()
+        self._scratch = Scratch()
 
     @property
     def device(self) -> torch.device:
@@ -35,4 +37,4 @@ class OnlineTeacher:
     def __call__(self, batch: Batch) -> DenseTargets:
         """The teacher's targets at the supervised positions of `batch`; their logits come out on the batch's device."""
         hidden: Tensor = self.language_model.hidden(batch.to(self.device))
-        return DenseTargets(hidden, self.language_model.head, batch.labels.device)
+        return DenseTargets(hidden, self.language_model.head, batch.labels.device, Scratch.on(self.device, self._scratch))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..data.batch import Batch
-from ..losses.linear import TeacherRows
+from ..losses.linear import Scratch, TeacherRows
 from ..models.head import OutputHead
 
 
@@ -31,22 +31,22 @@ class DenseTargets:
         hidden: `(supervised, hidden)`, the input of the teacher's output head; no gradient.
         head: The teacher's output head.
         device: Where the logits are wanted: that of the student.
+        scratch: Where they lie.
     """
 
     hidden: Tensor
     head: OutputHead
     device: torch.device
-    _buffer: Tensor | None = field(default=None, repr=False)
+    scratch: Scratch = field(default_factory=Scratch, repr=False)
 
     def rows(self, rows: slice, vocab_size: int | None = None) -> Tensor:
-        """Some rows' logits `(n, vocab)` before temperature, in float32 or wider; valid until the next call.
+        """Some rows' logits `(n, vocab)` before temperature, in float32 or wider; valid until the next call with the same scratch.
 
         Args:
             rows: Which of the supervised positions.
             vocab_size: Leave out the columns beyond it, which only pad the embedding.
         """
-        logits, self._buffer = self.head.wide_logits(self.hidden[rows], vocab_size, self._buffer)
-        return logits.to(self.device)
+        return self.head.wide_logits(self.hidden[rows], vocab_size, self.scratch).to(self.device)
 
     def logits(self) -> Tensor:
         """`(supervised, vocab)`: those of all rows at once."""

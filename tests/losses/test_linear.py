@@ -40,6 +40,7 @@ from transformers import LlamaForCausalLM
 
 from mini_distill.data.batch import Batch
 from mini_distill.losses import divergences
+from mini_distill.losses.linear import Scratch
 from mini_distill.losses.objective import DivergenceTerm, Objective
 from mini_distill.losses.reduction import IGNORE_INDEX, loss_mask, supervised_targets
 from mini_distill.models.head import LanguageModel, OutputHead, output_head
@@ -639,7 +640,7 @@ def test_wide_logits_are_the_exact_logits_whatever_the_head_is_stored_in(
     given = case(dtype=dtype, scale=scale, softcap=softcap, bias=bias)
     expected = wide_head(given.head).logits(given.hidden.detach().double())
     for width in (None, VOCAB, VOCAB - 4, VOCAB + 9):
-        logits, _ = given.head.wide_logits(given.hidden, width)
+        logits = given.head.wide_logits(given.hidden, width, Scratch())
         assert logits.dtype == torch.promote_types(dtype, torch.float32) and not logits.requires_grad
         assert distance(logits, expected[:, :width]) < min(TOLERANCE[dtype], 1e-6)
 
@@ -655,6 +656,26 @@ def test_the_memory_of_the_last_rows_is_used_again() -> None:
     assert len(places) <= 3
     torch.testing.assert_close(given.teacher.rows(slice(2, 7), VOCAB - 3), expected[2:7, : VOCAB - 3])
     torch.testing.assert_close(given.teacher.rows(slice(2, 7)), expected[2:7])
+
+
+def test_the_memory_of_the_last_step_is_used_again_on_a_cpu() -> None:
+    """Mapped anew in each step, the logits cost a tenth of it."""
+    objective, places = objective_of(), set[int | None]()
+    for tokens in (12, 9, 12):
+        given = case(tokens=tokens)
+        assert_near(fused(given, objective), plain(given, objective_of()), 1e-11)
+        memory = objective.scratch._memory
+        places.add(None if memory is None else memory.data_ptr())
+    assert len(places) == 1 and None not in places
+
+
+def test_memory_that_is_too_small_or_of_another_kind_is_replaced() -> None:
+    scratch = Scratch()
+    first = scratch.take(2, 6, torch.float32, torch.device("cpu"))
+    assert scratch.take(3, 4, torch.float32, torch.device("cpu")).data_ptr() == first.data_ptr()
+    assert scratch.take(3, 5, torch.float32, torch.device("cpu")).shape == (3, 5)
+    assert scratch.take(3, 5, torch.float64, torch.device("cpu")).dtype == torch.float64
+    assert Scratch.on(torch.device("cpu"), scratch) is scratch and Scratch.on(torch.device("meta"), scratch) is not scratch
 
 
 def test_rows_in_bfloat16_are_nearer_to_the_exact_ones_than_the_module() -> None:

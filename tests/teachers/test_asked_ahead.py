@@ -87,7 +87,10 @@ def test_targets_read_ahead_are_those_read_when_called_for(kind: str, caches: Ca
             for batch in step:
                 given.append(batch)
                 found = tensors(ahead(batch))
-                assert all(torch.equal(*pair) for pair in zip(found, tensors(plain.kind.decode(plain._reading(batch), "cpu")), strict=True))
+                assert all(
+                    torch.equal(*pair)
+                    for pair in zip(found, tensors(plain.kind.decode(plain._reading(batch), torch.device("cpu"))), strict=True)
+                )
     assert [batch for step in steps for batch in step] == given
     assert read == [([i, i + 1], True) for i in range(0, 16, 2)] and not readers()
 
