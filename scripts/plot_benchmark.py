@@ -13,7 +13,16 @@ from typing import Any
 
 from benchmark_step import Line, read_lines
 
-COLOURS = ("#0b6e99", "#c4500c", "#5a7d2a", "#7b4b94", "#8a6d1a", "#a33b56", "#2f8f83", "#777777")
+COLOURS = {
+    "mini_distill": "#0b6e99",
+    "teacher_rows": "#c4500c",
+    "ce_fused": "#5a7d2a",
+    "plain_full": "#7b4b94",
+    "trl_gkd": "#8a6d1a",
+    "trl_distillation": "#a33b56",
+    "floor_sum": "#2f8f83",
+}
+"""The same for a variant in every plot; further ones are grey."""
 MEASURES = {"seconds": ("seconds a step", 1.0), "working_mib": ("memory above models, gradients and moments (GiB)", 1 / 1024)}
 AXES = {"vocab": "vocabulary", "tokens": "tokens of a step", "supervised_share": "share of supervised tokens"}
 
@@ -42,9 +51,11 @@ def plot(lines: list[Line], axis: str, variants: list[str] | None, path: Path) -
     names = variants or list(dict.fromkeys(line["variant"] for line in measured if "seconds" in line))
     figure, panels = plt.subplots(1, len(MEASURES), figsize=(9.6, 3.8), layout="constrained")
     for panel, (measure, (label, factor)) in zip(panels, MEASURES.items(), strict=True):
-        for colour, name in zip(COLOURS * 2, names, strict=False):
+        for name in names:
             points = sorted((line[axis], line[measure] * factor) for line in measured if line["variant"] == name and measure in line)
-            panel.plot(*zip(*points, strict=True) if points else ([], []), color=colour, lw=1.6, marker="o", ms=4, label=name)
+            panel.plot(
+                *zip(*points, strict=True) if points else ([], []), color=COLOURS.get(name, "#777777"), lw=1.6, marker="o", ms=4, label=name
+            )
         _axes(panel, axis, sorted({line[axis] for line in measured}))
         panel.set(xlabel=AXES[axis], title=label)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(5, len(names)), frameon=False)
