@@ -41,7 +41,6 @@ from .config import CacheCommand, CacheConfig, Config
 from .data.order import Stream
 from .data.prepare import prepare_data
 from .data.tokenizers import tokenizer_fingerprint, vocabulary_size
-from .distillation import check_vocabulary, start_processes
 from .errors import CacheError, ConfigError, Preempted, Problem
 from .folder_lock import FolderLock
 from .models.head import embedding_rows
@@ -56,10 +55,10 @@ from .teachers.cache_forecast import effort
 from .teachers.cache_identity import identity, read_description, write_description
 from .teachers.cache_verify import EXACT, ROUNDED, ScoredAgain, figures, how_far, refuse_what_is_far
 from .teachers.cached import REBUILD, CachedTeacher, damaged_parts, open_side
-from .teachers.load import load_teacher, load_teacher_tokenizer, teacher_path
+from .teachers.load import check_vocabulary, load_teacher, load_teacher_tokenizer, teacher_path
 from .teachers.online import OnlineTeacher
 from .teachers.server import ServerTeacher, open_server
-from .training.process_group import ending_together
+from .training.process_group import ending_together, start_processes
 from .training.signals import StopRequest
 
 

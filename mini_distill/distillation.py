@@ -8,14 +8,11 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,30 +20,27 @@ from .config import Config
 from .data.batch import Batch
 from .data.loader import TrainingBatches, evaluation_batches
 from .data.prepare import PreparedData, prepare_data
-from .data.tokenizers import check_same_tokenizer, tokenizer_fingerprint, vocabulary_size
-from .errors import DistributedError, ModelError, StorageError
+from .data.tokenizers import tokenizer_fingerprint, vocabulary_size
+from .errors import StorageError
 from .evaluation.evaluator import Evaluator
 from .imported_code import code_fingerprints
 from .losses.objective import Objective
-from .models.head import LanguageModel, embedding_rows
+from .models.head import LanguageModel
 from .models.identity import architecture, model_identity
-from .models.loading import load_tokenizer
 from .models.packed_documents import check_documents_kept_apart
 from .redaction import redact
-from .students.build import TeacherSizes, build_student
+from .students.build import build_student
 from .teachers.asked_ahead import asked_ahead
-from .teachers.cache_files import Side
 from .teachers.cache_identity import digest
 from .teachers.cached import CachedTeacher
-from .teachers.load import load_teacher, load_teacher_tokenizer
-from .teachers.online import OnlineTeacher
-from .teachers.server import ServerTeacher, open_server
+from .teachers.load import check_vocabulary, load_shared_tokenizer, load_teacher, open_teacher, sizes_from_cache
+from .teachers.server import ServerTeacher
 from .teachers.targets import Teacher
 from .training.checkpoint import Checkpoints, load_optimizer, load_weights, optimizer_to_tensors
 from .training.fingerprints import compare_fingerprints
 from .training.objective import add_matching, build_objective, divergences_in_use, warn_of_growing_gradients
 from .training.optimizer import build_optimizer, learning_rate, set_learning_rate
-from .training.process_group import ending_together, note, start_accelerator
+from .training.process_group import ending_together, note, start_processes
 from .training.progress import TrainingProgress
 from .training.run_folder import RunFolder
 from .training.signals import StopRequest
@@ -336,114 +330,6 @@ def prepare(config: Config, run: RunFolder, tracker: Tracker, stop: StopRequest)
             "code": code_fingerprints([*divergences_in_use(config.objective), *(config.evaluation.hooks if evaluator is not None else [])]),
         },
     )
-
-
-def start_processes(precision: str, num_threads: int | None) -> Accelerator:
-    """The process group, device and precision.
-
-    Raises:
-        DistributedError: weights were to be sharded, or more processes were launched than joined the group.
-    """
-    if num_threads is not None:
-        torch.set_num_threads(num_threads)
-    on_gpu = torch.cuda.is_available()
-    if precision == "auto":
-        precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
-    AcceleratorState._reset_state()  # of another run in this process, as in a sweep: its precision is not ours
-    _refuse_sharding()
-    accelerator = start_accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=not on_gpu)
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != launched:
-        raise DistributedError(
-            "torch.distributed",
-            f"{launched} processes were launched, but the group has {accelerator.num_processes}",
-            "Start with torchrun --nproc_per_node N -m mini_distill.train.",
-        )
-    return accelerator
-
-
-def _refuse_sharding() -> None:
-    """By what a launcher says of itself: on a CPU, and with a single process, accelerate passes over it and shards nothing.
-
-    Raises:
-        DistributedError: weights were to be sharded.
-    """
-    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1", "yes", "on"):
-            what = f"accelerate is set up for {name} (ACCELERATE_USE_{name}), and checkpoints of sharded weights are not written here"
-            raise DistributedError("torch.distributed", what, "Start with torchrun, which replicates the student (DDP).")
-
-
-def open_teacher(
-    config: Config,
-    model: PreTrainedModel | None,
-    who: dict[str, Any] | None,
-    data: PreparedData,
-    tokenizer: PreTrainedTokenizerBase,
-    accelerator: Accelerator,
-) -> tuple[Teacher | None, CachedTeacher | ServerTeacher | None]:
-    """Where the training's targets come from, and those of the held-out text where no teacher in this process gives them.
-
-    `who` is what `model` is, to be compared with the cache.
-
-    Raises:
-        CacheError: the cache is damaged, incomplete, or of something else.
-        ModelError: a server does not answer, or not as it has to.
-    """
-    if (server := open_server(config.teacher, tokenizer)) is not None:
-        server.check_length(config.data.seq_len)
-        return server, server
-    if config.teacher.cache_dir is None:
-        return (OnlineTeacher(model) if model is not None else None), None
-    wanted: dict[str, Any] = {"data": data.fingerprint_parts, "tokenizer": tokenizer_fingerprint(tokenizer)}
-    if who is not None:
-        wanted["teacher"] = who
-    folder = Path(config.teacher.cache_dir).expanduser()
-    look_through = partial(look_through_together, accelerator)
-    held_out = CachedTeacher(folder, wanted, "held_out", look_through) if model is None and data.held_out is not None else None
-    return CachedTeacher(folder, wanted, "train", look_through), held_out
-
-
-def look_through_together(accelerator: Accelerator, side: Side) -> dict[int, str]:
-    """The damaged shards of a side. The processes of a machine, which read the same files, look at a share each; all learn of all."""
-    on_this_machine = min(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), accelerator.num_processes)
-    found = side.damaged(range(accelerator.local_process_index % on_this_machine, side.num_shards, on_this_machine))
-    return dict(sorted(shard for part in gather_object([found]) for shard in part.items()))
-
-
-def sizes_from_cache(teacher: Teacher | None) -> TeacherSizes | None:
-    """What a cache tells of the sizes of its teacher; a server told it none."""
-    if not isinstance(teacher, CachedTeacher) or teacher.facts["embedding_rows"] is None:
-        return None
-    return TeacherSizes(teacher.facts["embedding_rows"], teacher.facts["positions"])
-
-
-def load_shared_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """The one tokenizer of teacher and student.
-
-    Raises:
-        ModelError: an hf student brings another tokenizer than the teacher's.
-    """
-    teacher, student = config.teacher, config.student
-    own = None
-    if student.kind == "hf":
-        assert student.path is not None
-        own = load_tokenizer(student.path, revision=student.revision, trust_remote_code=student.trust_remote_code, where="student.path")
-    if teacher.kind == "none":
-        return own if own is not None else load_tokenizer(str(student.tokenizer), where="student.tokenizer")
-    tokenizer = load_teacher_tokenizer(teacher)
-    if own is not None:
-        check_same_tokenizer(tokenizer, own, where="student.path")
-    return tokenizer
-
-
-def check_vocabulary(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Every token of the tokenizer needs an embedding; more embeddings than tokens (padding) are fine."""
-    size = vocabulary_size(tokenizer)
-    if model is not None and (rows := embedding_rows(model)) < size:
-        raise ModelError(
-            f"{where}.path", f"the tokenizer has ids up to {size - 1}, the model embeds {rows}", "Use the model's own tokenizer."
-        )
 
 
 def ready_to_train(language_model: LanguageModel, config: Config, accelerator: Accelerator) -> nn.Module:

@@ -44,7 +44,6 @@ from .diagnosis.models import (
 )
 from .diagnosis.rows import check_epochs, check_rows, learned_text
 from .diagnosis.template import check_template
-from .distillation import load_shared_tokenizer, start_processes
 from .errors import ConfigError, ModelError
 from .evaluation.samples import printable
 from .models.head import LanguageModel
@@ -52,10 +51,11 @@ from .models.loading import load_tokenizer
 from .models.packed_documents import check_documents_kept_apart
 from .run import called, checked
 from .students.build import build_student
-from .teachers.load import load_teacher
+from .teachers.load import load_shared_tokenizer, load_teacher
 from .teachers.online import OnlineTeacher
 from .train import distill_step
 from .training.objective import build_objective
+from .training.process_group import start_processes
 
 MOST_TOKENS = 1024
 """Tokens of the batch that models are tried on."""

@@ -38,7 +38,6 @@ from .data.loader import evaluation_batches
 from .data.order import Stream
 from .data.prepare import column_of_rows, prepare_data
 from .data.tokenizers import check_same_tokenizer
-from .distillation import check_vocabulary, start_processes
 from .errors import ConfigError, DistributedError
 from .evaluation.close_look import CloseLook, Groups, parts_of_mixture, write_details
 from .evaluation.diversity import diversity
@@ -57,7 +56,8 @@ from .redaction import redact
 from .reporting.measured import is_measured, open_measured
 from .run import CallableEvaluate
 from .storage import MANIFEST, atomic_write_text, check_writable, replace_in_folder
-from .teachers.load import load_teacher, load_teacher_tokenizer, teacher_path
+from .teachers.load import check_vocabulary, load_teacher, load_teacher_tokenizer, teacher_path
+from .training.process_group import start_processes
 
 SHOWN_SAMPLES = 3
 

@@ -37,7 +37,6 @@ from .config import GenerateCommand
 from .contract import shown
 from .data.prompts import Prompt, Prompts
 from .data.tokenizers import tokenizer_fingerprint
-from .distillation import check_vocabulary, start_processes
 from .errors import ConfigError, DataError, Preempted, Problem
 from .folder_lock import FolderLock
 from .models.generation import complete
@@ -48,8 +47,8 @@ from .out_of_memory import memory_errors
 from .redaction import redact
 from .run import CallableGenerate
 from .storage import atomic_folder, atomic_write_text, check_writable, remove_folder, remove_stale_temporaries, verify_folder
-from .teachers.load import load_teacher, load_teacher_tokenizer
-from .training.process_group import ending_together
+from .teachers.load import check_vocabulary, load_teacher, load_teacher_tokenizer
+from .training.process_group import ending_together, start_processes
 from .training.signals import StopRequest
 from .written import read_object
 

@@ -31,7 +31,6 @@ import yaml
 from .config import PlanCommand
 from .contract import objective_terms
 from .data.tokenizers import vocabulary_size
-from .distillation import load_shared_tokenizer, start_processes
 from .errors import ConfigError
 from .evaluation.speed import num_parameters
 from .losses.catalogue import matching_parameters
@@ -46,6 +45,8 @@ from .run import called, checked
 from .storage import atomic_write_text, check_writable
 from .students.build import TeacherSizes
 from .teachers.cache_identity import read_description
+from .teachers.load import load_shared_tokenizer
+from .training.process_group import start_processes
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def in_own_process(what: str, overrides: list[str]) -> dict[str, float]:
 def predict(overrides: list[str]) -> dict[str, float]:
     """What the plan says, once the data are tokenised, which is not what is measured here."""
     import mini_distill as md
-    from mini_distill.distillation import load_shared_tokenizer
+    from mini_distill.teachers.load import load_shared_tokenizer
 
     config = md.load_config(overrides)
     md.prepare_data(config.data, load_shared_tokenizer(config))

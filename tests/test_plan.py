@@ -21,7 +21,6 @@ from mini_distill.cli import load_config
 from mini_distill.config import PlanCommand
 from mini_distill.data.prepare import prepare_data
 from mini_distill.data.tokenizers import vocabulary_size
-from mini_distill.distillation import load_shared_tokenizer
 from mini_distill.errors import ConfigError, ModelError
 from mini_distill.models.loading import load_causal_lm, weightless_causal_lm
 from mini_distill.planning import machine
@@ -32,6 +31,7 @@ from mini_distill.planning.needs import Needs, largest_micro_batch
 from mini_distill.planning.table import format_plan
 from mini_distill.planning.tokens import data_size
 from mini_distill.students.build import build_student
+from mini_distill.teachers.load import load_shared_tokenizer
 
 RATES = ("plan.matmul_tflops=0.1", "plan.memory_gb_per_second=10")  # nothing is timed
 DOUBLED = ("plan.matmul_tflops=0.2", "plan.memory_gb_per_second=20")

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 
@@ -96,6 +97,42 @@ def ending_together(stuck_after: float | None = None, on_end: Callable[[MiniDist
 
 def _is_one_of_several() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
+def start_processes(precision: str, num_threads: int | None) -> Accelerator:
+    """The process group, device and precision.
+
+    Raises:
+        DistributedError: weights were to be sharded, or more processes were launched than joined the group.
+    """
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    on_gpu = torch.cuda.is_available()
+    if precision == "auto":
+        precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
+    AcceleratorState._reset_state()  # of another run in this process, as in a sweep: its precision is not ours
+    _refuse_sharding()
+    accelerator = start_accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=not on_gpu)
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise DistributedError(
+            "torch.distributed",
+            f"{launched} processes were launched, but the group has {accelerator.num_processes}",
+            "Start with torchrun --nproc_per_node N -m mini_distill.train.",
+        )
+    return accelerator
+
+
+def _refuse_sharding() -> None:
+    """By what a launcher says of itself: on a CPU, and with a single process, accelerate passes over it and shards nothing.
+
+    Raises:
+        DistributedError: weights were to be sharded.
+    """
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1", "yes", "on"):
+            what = f"accelerate is set up for {name} (ACCELERATE_USE_{name}), and checkpoints of sharded weights are not written here"
+            raise DistributedError("torch.distributed", what, "Start with torchrun, which replicates the student (DDP).")
 
 
 def start_accelerator(**settings: Any) -> Accelerator:
