@@ -17,7 +17,7 @@ from .trace import Trace
 
 PROCESS_BYTES = 50_000_000
 """Of a process on a CPU besides: libraries that are imported late, the tokenizer, the tokenised data (docs/plan.md)."""
-HEAP_OF_STEP, HEAP_OF_EVALUATION, HEAP_KEPT = 0.25, 1.0, 0.75
+HEAP_OF_STEP, HEAP_OF_EVALUATION, HEAP_KEPT = 0.2, 0.1, 0.95
 """What the heap of a process holds on a CPU beyond the small blocks that are alive, as shares of them: in a step, in an evaluation, and
 of the step's while there is an evaluation after it (docs/plan.md)."""
 PASSES = 12
