@@ -123,20 +123,26 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
             [100 * row["high"] - m for m, row in zip(middle, own, strict=True)],
         ]
         style = "-" if family == "threshold" else ""
-        axes.errorbar([row["bytes"] for row in own], middle, spread, color=colour, marker=marker, ls=style, lw=1.2, capsize=2)
+        axes.errorbar([row["bytes"] for row in own], middle, spread, color=colour, marker=marker, ls=style, lw=1.2, capsize=2, label=family)
         below = family in ("draws", "renormalised")  # neighbours of two families do not write over one another
         for row, height in zip(own, middle, strict=True):
             offset: dict[str, Any] = {"xytext": (0, -14 if below else 7), "textcoords": "offset points", "ha": "center"}
-            axes.annotate(row["arm"], (row["bytes"], height), fontsize=7, color=colour, **offset)
+            axes.annotate(_without(row["arm"], family), (row["bytes"], height), fontsize=7, color=colour, **offset)
     axes.axhline(100, color="black", lw=0.8, ls="--")
     sizes = [row["bytes"] for row in rows if row["bytes"]]
     axes.set(xlim=(min(sizes) / 1.4, max(sizes) * 1.4), ylim=(100 * min(row["low"] for row in rows if row["bytes"]) - 4, 104))
     axes.set(xscale="log", xlabel="bytes per token on disk", ylabel="kept of the gain over cross-entropy (%)", title=title)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:g}"[0] in "25" else "")
+    axes.legend(loc="lower right", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+
+
+def _without(arm: str, family: str) -> str:
+    """What tells an arm from others of its family: `k = 8`, `50 from p^0.8`."""
+    return " ".join(arm.replace(family, "").replace(" in a ", " in ").strip(", ").replace(",", "").split())
 
 
 def _slug(name: str) -> str:
