@@ -24,7 +24,7 @@ from .overrides import fixed_keys, missing_preset, prepare_overrides, run_name
 from .redaction import print_traceback
 from .run_to_measure import with_settings_of_run
 from .running_jobs import RunningJobs, end_with_the_sweep, passing_on_signals
-from .starting import begin_work
+from .starting import begin_work, told
 from .targets import cache_command, default_folder
 from .written import read_object
 
@@ -201,6 +201,7 @@ def report(error: MiniDistillError) -> int:
     sys.stdout.flush()
     for line in error.lines():
         print(line, file=sys.stderr)
+    told(error.exit_code)
     return error.exit_code
 
 

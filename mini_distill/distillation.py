@@ -29,11 +29,11 @@ from .models.head import LanguageModel
 from .models.identity import architecture, model_identity
 from .models.packed_documents import check_documents_kept_apart
 from .redaction import redact
-from .students.build import build_student
+from .students.build import TeacherSizes, build_student
 from .teachers.asked_ahead import asked_ahead
 from .teachers.cache_identity import digest
 from .teachers.cached import CachedTeacher
-from .teachers.load import check_vocabulary, load_shared_tokenizer, load_teacher, open_teacher, sizes_from_cache
+from .teachers.load import check_vocabulary, load_shared_tokenizer, load_teacher, open_teacher
 from .teachers.server import ServerTeacher
 from .teachers.targets import Teacher
 from .training.checkpoint import Checkpoints, load_optimizer, load_weights, optimizer_to_tensors
@@ -330,6 +330,13 @@ def prepare(config: Config, run: RunFolder, tracker: Tracker, stop: StopRequest)
             "code": code_fingerprints([*divergences_in_use(config.objective), *(config.evaluation.hooks if evaluator is not None else [])]),
         },
     )
+
+
+def sizes_from_cache(teacher: Teacher | None) -> TeacherSizes | None:
+    """What a cache tells of the sizes of its teacher; a server told it none."""
+    if not isinstance(teacher, CachedTeacher) or teacher.facts["embedding_rows"] is None:
+        return None
+    return TeacherSizes(teacher.facts["embedding_rows"], teacher.facts["positions"])
 
 
 def ready_to_train(language_model: LanguageModel, config: Config, accelerator: Accelerator) -> nn.Module:

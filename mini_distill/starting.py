@@ -8,6 +8,7 @@ from contextlib import suppress
 from types import FrameType
 
 _process = 0
+_told: int | None = None
 
 
 def answer_signals() -> None:
@@ -28,12 +29,20 @@ def begin_work() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def told(exit_code: int) -> None:
+    """Why this process ends has been said. That torchrun then sends SIGTERM to it, since another has ended first, adds nothing."""
+    global _told
+    _told = exit_code
+
+
 def _end(number: int, frame: FrameType | None) -> None:
     """Straight to the descriptor and out: whatever was interrupted has nothing to lose yet."""
     if os.getpid() != _process:  # forked, and somebody else's affair
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
         return
+    if _told is not None and "RANK" in os.environ:
+        os._exit(_told)
     how = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
     if "RANK" in os.environ:  # torchrun sends SIGTERM to the others where a process has died
         how = f"rank {os.environ['RANK']}, step 0 (loading): {how} before the run began"

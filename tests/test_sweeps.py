@@ -172,7 +172,8 @@ def test_the_jobs_of_a_sweep_that_is_killed_save_and_stop_too(launcher: str, tin
     process.kill()
     process.communicate(timeout=100)  # until nobody holds its output any more: the processes of joblib end, too
     wait_for(lambda: all(has_saved_and_stopped(job, 143) for job in jobs), 60)
-    assert len((tmp_path / "sweep" / "jobs.jsonl").read_text().splitlines()) == len(jobs) or launcher == "basic"
+    if launcher == "joblib":  # its processes have outlived the sweep, and noted how the jobs ended
+        assert len((tmp_path / "sweep" / "jobs.jsonl").read_text().splitlines()) == len(jobs)
 
 
 @pytest.mark.timeout(280)

@@ -18,7 +18,6 @@ from ..data.tokenizers import check_same_tokenizer, tokenizer_fingerprint, vocab
 from ..errors import ModelError
 from ..models.head import embedding_rows
 from ..models.loading import embedded_path, load_causal_lm, load_tokenizer
-from ..students.build import TeacherSizes
 from .cache_files import Side
 from .cached import CachedTeacher
 from .online import OnlineTeacher
@@ -94,13 +93,6 @@ def look_through_together(accelerator: Accelerator, side: Side) -> dict[int, str
     on_this_machine = min(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), accelerator.num_processes)
     found = side.damaged(range(accelerator.local_process_index % on_this_machine, side.num_shards, on_this_machine))
     return dict(sorted(shard for part in gather_object([found]) for shard in part.items()))
-
-
-def sizes_from_cache(teacher: Teacher | None) -> TeacherSizes | None:
-    """What a cache tells of the sizes of its teacher; a server told it none."""
-    if not isinstance(teacher, CachedTeacher) or teacher.facts["embedding_rows"] is None:
-        return None
-    return TeacherSizes(teacher.facts["embedding_rows"], teacher.facts["positions"])
 
 
 def load_shared_tokenizer(config: Config) -> PreTrainedTokenizerBase:

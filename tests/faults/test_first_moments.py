@@ -78,6 +78,13 @@ def test_other_signals_before_anything_is_imported_are_one_line_and_143(number: 
     ends_in_a_line(process, number, 143, rf"error: stopped by {number.name}\. The same command goes on .*")
 
 
+def test_a_process_of_several_that_has_said_why_it_ends_says_nothing_more() -> None:
+    """torchrun's SIGTERM, sent because another process had ended first, added a line about a run that had not begun."""
+    body = "import os, signal; from mini_distill import starting as s; s.answer_signals(); s.told(8); os.kill(os.getpid(), signal.SIGTERM)"
+    done = subprocess.run([sys.executable, "-c", body], env={**os.environ, "RANK": "0"}, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (8, "", "")
+
+
 def test_signals_that_whoever_started_the_command_ignores_stay_ignored(tiny_command: list[str], tmp_path: Path) -> None:
     """A run under nohup goes on when the terminal is closed."""
     ignoring = (

@@ -37,7 +37,12 @@ def test_a_run_whose_wandb_cannot_be_reached_ends_as_without_and_soon(
         server.bind(("127.0.0.1", 0))
         if answers:
             server.listen(50)  # connections are taken, and nothing is ever said
-        own = {"WANDB_BASE_URL": f"http://127.0.0.1:{server.getsockname()[1]}", "WANDB_API_KEY": 40 * "0", "HOME": str(tmp_path / "home")}
+        own = {
+            "WANDB_BASE_URL": f"http://127.0.0.1:{server.getsockname()[1]}",
+            "WANDB_API_KEY": 40 * "0",
+            "WANDB_MODE": "online",
+            "HOME": str(tmp_path / "home"),
+        }
         paths = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
         settings = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **own}
         command = [sys.executable, "-c", PROGRAM, *tiny_command, "tracking=wandb", f"output_dir={tmp_path / 'run'}"]
