@@ -1,8 +1,9 @@
-"""What a cache costs: a training step from it against a cross-entropy step of the same student, and building it against the teacher alone.
+"""What a cache costs: a training step from it against a cross-entropy step of the same student, building it against the teacher alone, and
+reading it against a plain memory map.
 
     python scripts/benchmark_cache.py --out runs/benchmark_cache --threads 2 -- teacher=embedded data=python_stdlib data.max_rows=200
 
-Steps are taken in turns in one process (A B C A B C …), so that all see the same noise; a ratio is the median of the rounds' ratios.
+Steps and reads are taken in turns in one process (A B C A B C …), so that all see the same noise; a ratio is the median of the rounds' ratios.
 Prints a Markdown table for docs/performance.md.
 """
 
@@ -10,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from itertools import accumulate
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 from compare_arms import _split
 from transformers import PreTrainedModel
@@ -22,11 +25,14 @@ from transformers import PreTrainedModel
 from mini_distill.cache import build
 from mini_distill.cli import load_config
 from mini_distill.config import CacheCommand
+from mini_distill.data.batch import Batch
 from mini_distill.data.loader import TrainingBatches
+from mini_distill.data.order import Stream
 from mini_distill.data.prepare import prepare_data
 from mini_distill.data.tokenizers import vocabulary_size
 from mini_distill.losses.divergences import forward_kl
 from mini_distill.losses.objective import Objective
+from mini_distill.losses.reduction import loss_mask
 from mini_distill.models.head import LanguageModel
 from mini_distill.students.build import build_student
 from mini_distill.teachers.cached import CachedTeacher
@@ -39,9 +45,12 @@ KINDS = {
     "sampled, k = 16": ["cache.kind=sampled", "cache.k=16"],
     "sampled, k = 64": ["cache.kind=sampled", "cache.k=64"],
     "topk, k = 32": ["cache.kind=topk", "cache.k=32"],
+    "topk, k = 64": ["cache.kind=topk", "cache.k=64"],
     "hidden": ["cache.kind=hidden"],
     "full": ["cache.kind=full"],
 }
+STEPS_OF_A_NAT = 255 / 20  # log-probabilities from -20 to 0 in a byte
+PLAIN = "a memory map, k = 64"
 
 
 def main() -> None:
@@ -69,11 +78,15 @@ def main() -> None:
         built[name] = build(command) | {"folder": folder}
 
     student = build_student(config.student, teacher=model, tokenizer=tokenizer, seq_len=config.data.seq_len, seed=0)
-    teachers: dict[str, Teacher] = {"the teacher online": OnlineTeacher(model)}
-    teachers |= {name: CachedTeacher(facts["folder"], {"data": data.fingerprint_parts}) for name, facts in built.items()}
+    caches = {name: CachedTeacher(facts["folder"], {"data": data.fingerprint_parts}) for name, facts in built.items()}
+    teachers: dict[str, Teacher] = {"the teacher online": OnlineTeacher(model), **caches}
     seconds = steps_in_turns(student, teachers, batches, vocabulary_size(tokenizer), arguments.rounds)
     forward = forward_tokens_per_second(OnlineTeacher(model), batches)
     print(table(seconds, built, forward))
+    plain = MemoryMap(arguments.out / "memory_map", caches["topk, k = 64"], data.train)
+    reads = reads_in_turns({PLAIN: plain, **caches}, batches, arguments.rounds)
+    sizes = {PLAIN: plain.bytes_per_token} | {name: facts["cache/bytes_per_token"] for name, facts in built.items()}
+    print("\n" + table_of_reads(reads, sizes))
 
 
 def steps_in_turns(
@@ -94,6 +107,48 @@ def steps_in_turns(
             optimizer.zero_grad(set_to_none=True)
             if round_number >= 2:  # the first ones warm caches up
                 seconds[name].append(perf_counter() - started)
+    return seconds
+
+
+class MemoryMap:
+    """The quickest way to keep lists of a fixed length: token numbers in two bytes and levels in one, mapped, and nothing checked.
+
+    Args:
+        folder: Where the two files are written.
+        lists: The cache whose lists it is to hold.
+        sequences: All of that cache's.
+    """
+
+    def __init__(self, folder: Path, lists: CachedTeacher, sequences: Stream) -> None:
+        parts = [lists(sequences.batch([number])).all_rows for number in range(len(sequences))]
+        self.starts = [0, *accumulate(len(rows) for rows in parts)]
+        ids = torch.cat([rows.ids for rows in parts]).numpy().astype(np.uint16)
+        levels = torch.cat([rows.log_probs for rows in parts]).mul(-STEPS_OF_A_NAT).round().clamp(0, 255).numpy().astype(np.uint8)
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(folder / "ids.npy", ids)
+        np.save(folder / "levels.npy", levels)
+        self.ids, self.levels = (np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in ("ids", "levels"))
+        self.bytes_per_token = (ids.nbytes + levels.nbytes) / len(ids)
+
+    def __call__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token numbers in int64 and log-probabilities in float32, as a loss wants them."""
+        rows = [slice(self.starts[number], self.starts[number + 1]) for number in batch.row_ids.tolist()]
+        ids = np.concatenate([self.ids[own] for own in rows]).astype(np.int64)
+        log_probs = np.concatenate([self.levels[own] for own in rows]).astype(np.float32)
+        log_probs *= -1 / STEPS_OF_A_NAT
+        return torch.from_numpy(ids), torch.from_numpy(log_probs)
+
+
+def reads_in_turns(readers: dict[str, Any], batches: TrainingBatches, rounds: int) -> dict[str, list[float]]:
+    """Seconds per token of each round, in which everybody reads the same sequences at random; from memory, where all of them were before."""
+    seconds: dict[str, list[float]] = {name: [] for name in readers}
+    for round_number, (batch,) in zip(range(rounds + 2), batches.steps(), strict=False):
+        for name, read in readers.items():
+            started = perf_counter()
+            for _ in range(10):
+                read(batch)
+            if round_number >= 2:
+                seconds[name].append((perf_counter() - started) / 10 / int(loss_mask(batch.labels).sum()))
     return seconds
 
 
@@ -122,6 +177,15 @@ def table(seconds: dict[str, list[float]], built: dict[str, dict[str, Any]], for
             rest = f"{facts['cache/bytes_per_token']:.1f} | {speed:,.0f} | {100 * speed / forward:.0f} %"
         lines.append(f"| {name} | {ratio:.3f} | {rest} |")
     lines.append(f"\nCross-entropy step: {1000 * median(floor):.0f} ms (median). The teacher's forward alone: {forward:,.0f} tokens/s.")
+    return "\n".join(lines)
+
+
+def table_of_reads(reads: dict[str, list[float]], sizes: dict[str, float]) -> str:
+    """Markdown."""
+    lines = ["| targets | bytes per token | million tokens/s | time / that of the memory map |", "|:--|--:|--:|--:|"]
+    for name, own in reads.items():
+        ratio = median(a / b for a, b in zip(own, reads[PLAIN], strict=True))
+        lines.append(f"| {name} | {sizes[name]:.1f} | {1e-6 / median(own):.2f} | {ratio:.1f} |")
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import string
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,6 +20,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SPECIAL = ["<unk>", "<bos>", "<eos>", "<pad>"]
 CHARACTERS = string.ascii_lowercase + string.digits + " \n.,:;!?'()=+-*/<>_#é€"
+
+
+def pytest_configure() -> None:
+    """Programs that tests start can be interrupted, also where a script or nohup started the tests, which lets all of them ignore signals."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: None)  # the tests themselves live on when the terminal is closed
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

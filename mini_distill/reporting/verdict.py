@@ -63,7 +63,7 @@ def _helped(group: Group) -> Parts:
         return ()
     lower = group.made((CONTROL, STUDENT), operator.sub, lambda value: text_of(STUDENT, abs(value)))
     if lower is None or lower.value is None:
-        return ("Not known: the same student was not trained without the teacher. With control=true it is.",)
+        return ("Not measured: that takes a control, the same student trained alike but without the teacher. control=true trains one.",)
     word, doubt = _told_from_chance(lower.value, lower.half)
     direction = "lower" if lower.value >= 0 else "higher"
     control = f" nats per token {direction} than the control's, which is the same student, trained alike but without the teacher."

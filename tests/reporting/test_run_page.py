@@ -46,7 +46,7 @@ def test_the_words_do_not_praise_what_did_not_help(tmp_path: Path) -> None:
 def test_without_a_control_whether_it_helped_is_not_known(tmp_path: Path) -> None:
     alone = {key: value for key, value in summary(3.5, 8).items() if not key.startswith("control/")}
     said = words(write_run(tmp_path / "run", summary=alone))
-    assert "Not known: the same student was not trained without the teacher." in said
+    assert "Not measured: that takes a control" in said
     assert "Training took perplexity from 90.02 to 33.12: 50.0 % of the way to the teacher's, in loss." in said
     assert "This run is a control" in words(write_run(tmp_path / "control", "objective=ce", summary=alone))
 
@@ -73,7 +73,8 @@ def test_what_was_not_measured_is_said_and_not_shown_as_nothing(tmp_path: Path) 
         assert part in said
     assert "python -m mini_distill.evaluate model='" in said  # a path with a space, quoted
     assert (
-        words(bare) == "Did distillation help? Not known: the same student was not trained without the teacher. With control=true it is. "
+        words(bare)
+        == "Did distillation help? Not measured: that takes a control, the same student trained alike but without the teacher. control=true trains one. "
     )
     page = report([bare]).read_text(encoding="utf-8")
     for absent in ("Calibration", "Samples side by side", "What the models cost"):
