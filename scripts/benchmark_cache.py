@@ -10,10 +10,14 @@ Prints a Markdown table for docs/performance.md.
 from __future__ import annotations
 
 import argparse
+import gc
+import os
 import sys
-from itertools import accumulate
+from collections.abc import Callable
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from time import perf_counter
 from typing import Any
 
@@ -71,21 +75,27 @@ def main() -> None:
     data = prepare_data(config.data, tokenizer)
     batches = TrainingBatches(data.train, seed=0, micro_batch_size=config.trainer.micro_batch_size, grad_accum_steps=1)
 
-    built = {}
+    built, online = {}, OnlineTeacher(model)
+    speeds = [forward_tokens_per_second(online, batches)]  # before and after each build, so that both see the same machine
     for name, overrides in KINDS.items():
         folder = arguments.out / name.replace(" ", "").replace(",", "_").replace("=", "")
         command = load_config([*common, *overrides, f"cache.dir={folder}", f"num_threads={arguments.threads}"], "cache", CacheCommand)
-        built[name] = build(command) | {"folder": folder}
+        facts = build(command)
+        speeds.append(forward_tokens_per_second(online, batches))
+        scored = facts["cache/tokens"] / facts["cache/seconds"]
+        built[name] = facts | {"folder": folder, "scored": scored, "share": scored / mean(speeds[-2:])}
 
     student = build_student(config.student, teacher=model, tokenizer=tokenizer, seq_len=config.data.seq_len, seed=0)
-    caches = {name: CachedTeacher(facts["folder"], {"data": data.fingerprint_parts}) for name, facts in built.items()}
-    teachers: dict[str, Teacher] = {"the teacher online": OnlineTeacher(model), **caches}
-    seconds = steps_in_turns(student, teachers, batches, vocabulary_size(tokenizer), arguments.rounds)
-    forward = forward_tokens_per_second(OnlineTeacher(model), batches)
-    print(table(seconds, built, forward))
-    plain = MemoryMap(arguments.out / "memory_map", caches["topk, k = 64"], data.train)
-    reads = reads_in_turns({PLAIN: plain, **caches}, batches, arguments.rounds)
-    sizes = {PLAIN: plain.bytes_per_token} | {name: facts["cache/bytes_per_token"] for name, facts in built.items()}
+    openings = {name: partial(CachedTeacher, facts["folder"], {"data": data.fingerprint_parts}) for name, facts in built.items()}
+    opened: dict[str, Teacher] = {"the teacher online": online} | {name: opening() for name, opening in openings.items()}
+    seconds = steps_in_turns(student, opened, batches, vocabulary_size(tokenizer), arguments.rounds)
+    opened.clear()  # what is mapped cannot be read from disk below
+    print(table(seconds, built, median(speeds)))
+
+    folders = {PLAIN: arguments.out / "memory_map"} | {name: facts["folder"] for name, facts in built.items()}
+    sizes = {PLAIN: write_memory_map(folders[PLAIN], openings["topk, k = 64"](), data.train)}
+    sizes |= {name: facts["cache/bytes_per_token"] for name, facts in built.items()}
+    reads = reads_in_turns({PLAIN: partial(MemoryMap, folders[PLAIN]), **openings}, folders, batches)
     print("\n" + table_of_reads(reads, sizes))
 
 
@@ -110,25 +120,25 @@ def steps_in_turns(
     return seconds
 
 
+def write_memory_map(folder: Path, lists: CachedTeacher, sequences: Stream) -> float:
+    """What a `MemoryMap` reads, of all lists of a cache; its bytes per token."""
+    parts: list[Any] = [lists(sequences.batch([number])) for number in range(len(sequences))]
+    ids = torch.cat([part.all_rows.ids for part in parts]).numpy().astype(np.uint16)
+    levels = torch.cat([part.all_rows.log_probs for part in parts]).mul(-STEPS_OF_A_NAT).round().clamp(0, 255).numpy().astype(np.uint8)
+    starts = np.cumsum([0, *(len(part.all_rows) for part in parts)])
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / "ids.npy", ids)
+    np.save(folder / "levels.npy", levels)
+    np.save(folder / "starts.npy", starts)
+    return (ids.nbytes + levels.nbytes) / len(ids)
+
+
 class MemoryMap:
-    """The quickest way to keep lists of a fixed length: token numbers in two bytes and levels in one, mapped, and nothing checked.
+    """The plainest way to keep lists of a fixed length: token numbers in two bytes and levels in one, mapped, and nothing checked."""
 
-    Args:
-        folder: Where the two files are written.
-        lists: The cache whose lists it is to hold.
-        sequences: All of that cache's.
-    """
-
-    def __init__(self, folder: Path, lists: CachedTeacher, sequences: Stream) -> None:
-        parts = [lists(sequences.batch([number])).all_rows for number in range(len(sequences))]
-        self.starts = [0, *accumulate(len(rows) for rows in parts)]
-        ids = torch.cat([rows.ids for rows in parts]).numpy().astype(np.uint16)
-        levels = torch.cat([rows.log_probs for rows in parts]).mul(-STEPS_OF_A_NAT).round().clamp(0, 255).numpy().astype(np.uint8)
-        folder.mkdir(parents=True, exist_ok=True)
-        np.save(folder / "ids.npy", ids)
-        np.save(folder / "levels.npy", levels)
+    def __init__(self, folder: Path) -> None:
         self.ids, self.levels = (np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in ("ids", "levels"))
-        self.bytes_per_token = (ids.nbytes + levels.nbytes) / len(ids)
+        self.starts = np.load(folder / "starts.npy").tolist()
 
     def __call__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Token numbers in int64 and log-probabilities in float32, as a loss wants them."""
@@ -139,20 +149,37 @@ class MemoryMap:
         return torch.from_numpy(ids), torch.from_numpy(log_probs)
 
 
-def reads_in_turns(readers: dict[str, Any], batches: TrainingBatches, rounds: int) -> dict[str, list[float]]:
-    """Seconds per token of each round, in which everybody reads the same sequences at random; from memory, where all of them were before."""
-    seconds: dict[str, list[float]] = {name: [] for name in readers}
-    for round_number, (batch,) in zip(range(rounds + 2), batches.steps(), strict=False):
-        for name, read in readers.items():
-            started = perf_counter()
-            for _ in range(10):
-                read(batch)
-            if round_number >= 2:
-                seconds[name].append((perf_counter() - started) / 10 / int(loss_mask(batch.labels).sum()))
-    return seconds
+def reads_in_turns(
+    openings: dict[str, Callable[[], Any]], folders: dict[str, Path], batches: TrainingBatches, rounds: int = 5, most: int = 100
+) -> dict[str, dict[str, list[float]]]:
+    """Tokens per second of each round, in which everybody reads the same shuffled sequences: from disk, and again, from memory."""
+    speeds: dict[str, dict[str, list[float]]] = {name: {"disk": [], "memory": []} for name in openings}
+    of_an_epoch = min(most, len(batches.sequences) // batches.micro_batch_size)
+    endless = batches.steps()
+    for _ in range(rounds):
+        of_round = [batch for (batch,) in islice(endless, of_an_epoch)]
+        tokens = sum(int(loss_mask(batch.labels).sum()) for batch in of_round)
+        for name, opening in openings.items():
+            read = opening()
+            gc.collect()  # of those that read before, whose files the kernel would keep as long as they are mapped
+            drop_from_memory(folders[name])
+            for where in speeds[name]:
+                started = perf_counter()
+                for batch in of_round:
+                    read(batch)
+                speeds[name][where].append(tokens / (perf_counter() - started))
+    return speeds
 
 
-def forward_tokens_per_second(teacher: OnlineTeacher, batches: TrainingBatches, passes: int = 5) -> float:
+def drop_from_memory(folder: Path) -> None:
+    """What the kernel holds of the files of a folder that nobody has mapped; the next reading is from disk."""
+    for file in filter(Path.is_file, folder.rglob("*")):
+        with file.open("rb") as opened:
+            os.fsync(opened)
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def forward_tokens_per_second(teacher: OnlineTeacher, batches: TrainingBatches, passes: int = 10) -> float:
     """The teacher's trunk and head on every supervised token, with nothing written down."""
     tokens, started = 0, perf_counter()
     for _, (batch,) in zip(range(passes), batches.steps(), strict=False):
@@ -173,19 +200,18 @@ def table(seconds: dict[str, list[float]], built: dict[str, dict[str, Any]], for
         facts = built.get(name)
         rest = "– | – | –"
         if facts:
-            speed = facts["cache/tokens"] / facts["cache/seconds"]
-            rest = f"{facts['cache/bytes_per_token']:.1f} | {speed:,.0f} | {100 * speed / forward:.0f} %"
+            rest = f"{facts['cache/bytes_per_token']:.1f} | {facts['scored']:,.0f} | {facts['share']:.0%}".replace("%", " %")
         lines.append(f"| {name} | {ratio:.3f} | {rest} |")
     lines.append(f"\nCross-entropy step: {1000 * median(floor):.0f} ms (median). The teacher's forward alone: {forward:,.0f} tokens/s.")
     return "\n".join(lines)
 
 
-def table_of_reads(reads: dict[str, list[float]], sizes: dict[str, float]) -> str:
+def table_of_reads(speeds: dict[str, dict[str, list[float]]], sizes: dict[str, float]) -> str:
     """Markdown."""
-    lines = ["| targets | bytes per token | million tokens/s | time / that of the memory map |", "|:--|--:|--:|--:|"]
-    for name, own in reads.items():
-        ratio = median(a / b for a, b in zip(own, reads[PLAIN], strict=True))
-        lines.append(f"| {name} | {sizes[name]:.1f} | {1e-6 / median(own):.2f} | {ratio:.1f} |")
+    lines = ["| targets | bytes per token | million tokens/s from disk | from memory |", "|:--|--:|--:|--:|"]
+    for name, own in speeds.items():
+        disk, memory = (f"{median(own[where]) / 1e6:.1f}" for where in ("disk", "memory"))
+        lines.append(f"| {name} | {sizes[name]:.1f} | {disk} | {memory} |")
     return "\n".join(lines)
 
 
