@@ -66,6 +66,7 @@ def train(config: Config) -> dict[str, Any]:
                     write_targets(config)  # unless another run has
                 d = prepare(config, run, tracker, stop)  # tokenizer, teacher, student, data, objective, optimizer
                 last_step = d.resume()  # 0 for a new run
+                run.note_begun()
             if (summary := already_finished(d, last_step, control)) is not None:
                 return summary
             training_loop(d, last_step)

@@ -126,7 +126,7 @@ def plot(rows: list[dict[str, Any]], path: Path, title: str) -> None:
         axes.errorbar([row["bytes"] for row in own], middle, spread, color=colour, marker=marker, ls=style, lw=1.2, capsize=2, label=family)
         below = family in ("draws", "renormalised")  # neighbours of two families do not write over one another
         for row, height in zip(own, middle, strict=True):
-            offset: dict[str, Any] = {"xytext": (0, -14 if below else 7), "textcoords": "offset points", "ha": "center"}
+            offset: dict[str, Any] = {"xytext": (5, -11 if below else 5), "textcoords": "offset points"}  # beside the bar
             axes.annotate(_without(row["arm"], family), (row["bytes"], height), fontsize=7, color=colour, **offset)
     axes.axhline(100, color="black", lw=0.8, ls="--")
     sizes = [row["bytes"] for row in rows if row["bytes"]]

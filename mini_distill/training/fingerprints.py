@@ -57,6 +57,7 @@ def compare_fingerprints(saved: Mapping[str, Any], current: Mapping[str, Any], a
     refused = [key for key in differing if not any(_covers(name, key) for name in allowed)]
     twice = [key for key in refused if (old.get(key), new.get(key)) == (old.get(f"config.{key}", ABSENT), new.get(f"config.{key}", ABSENT))]
     refused = [key for key in refused if key not in twice]  # seq_len, say, is a setting and a property of the data
+    refused = [key for key in refused if not any(_covers(key, other) for other in refused if other != key)]  # {} was, and now holds some
     if refused:
         raise ConfigError.from_problems(_problem(key, old.get(key, ABSENT), new.get(key, ABSENT), finished) for key in refused)
 
@@ -79,6 +80,8 @@ def _problem(key: str, old: Any, new: Any, finished: bool) -> Problem:
     going_on = "" if finished else f" add resume_allow=[{_allowable(key)}] to go on with the new one,"
     remedy = f"Give the old value back,{going_on} or start anew with resume=never or another output_dir."
     run = "the run, which has finished," if finished else "the run to be resumed"
+    if key.startswith("code.") and ABSENT not in (old, new):  # digests of a source say nothing to anybody
+        return Problem(key, f"not the code that {run} has", remedy)
     return Problem(key.removeprefix("config."), f"got {_shown(new)}, and {run} has {_shown(old)}", remedy)
 
 

@@ -42,8 +42,10 @@ logger = logging.getLogger(__name__)
 class RunFolder:
     """`with RunFolder(path, config, resume) as run: …` holds a run's folder, which is this process's alone.
 
-    On entering, the folder is made, tried out and locked; `config.yaml` gets the resolved configuration without secrets and
-    `status.json` says `running`. On leaving it says how the run ended: `finished`, `preempted` or `failed`, with step and exit code.
+    On entering, the folder is made, tried out and locked, and `status.json` says `running`. On leaving it says how the run ended:
+    `finished`, `preempted` or `failed`, with step and exit code. `config.yaml` gets the resolved configuration without secrets: of a new
+    run on entering, of one that is there with `note_begun`. Before that a command that is refused, since its settings are others, leaves
+    the configuration of the run alone, and of a finished one the state as well.
 
     Only the main process writes; on the others every method that writes does nothing.
 
@@ -77,6 +79,7 @@ class RunFolder:
         self._needed_bytes = needed_bytes
         self._step = self._saved_step = 0
         self._updated = 0.0
+        self._has_begun = False
         self._logged: set[tuple[int, str]] = set()
         self._metrics_file = -1
         self._written = MetricsRecord()
@@ -92,7 +95,8 @@ class RunFolder:
             remove_stale_temporaries(self.path)
             self._step, self._saved_step = (self.status().get(name, 0) for name in ("step", "saved_step"))
             self._write_status("running", None)
-            atomic_write_text(self.path / "config.yaml", yaml.safe_dump(redact(self._config), sort_keys=False, allow_unicode=True))
+            if not (self.path / "config.yaml").exists():
+                self._write_config()
             self._open_metrics()
             held.callback(self._close_metrics)
             self._held = held.pop_all()
@@ -127,6 +131,16 @@ class RunFolder:
             held.enter_context(FolderLock(self.path))
             lock.__exit__()
 
+    def note_begun(self) -> None:
+        """The run is this command's: it begins, or goes on with these settings."""
+        if self._is_main:
+            self._has_begun = True
+            self._write_config()
+            self._write_status("running", None)
+
+    def _write_config(self) -> None:
+        atomic_write_text(self.path / "config.yaml", yaml.safe_dump(redact(self._config), sort_keys=False, allow_unicode=True))
+
     # -------------------------------------------------------------------------------------------------------------- status
 
     def status(self) -> dict[str, Any]:
@@ -157,7 +171,7 @@ class RunFolder:
             atomic_write_text(self.path / "summary.json", json.dumps(_finite(summary), indent=2, sort_keys=True) + "\n")
 
     def _write_status(self, state: str, exit_code: int | None, error: BaseException | None = None) -> None:
-        if not self._is_main:
+        if not self._is_main or (not self._has_begun and self.status().get("state") == "finished"):
             return
         now = datetime.now(UTC).isoformat(timespec="seconds")
         steps = {"step": self._step, "saved_step": self._saved_step}

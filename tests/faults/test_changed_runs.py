@@ -180,7 +180,7 @@ def test_changed_code_of_the_user_is_refused(
     write_module(tmp_path, "own_code", DIVERGENCE, monkeypatch)
     crash_before(4, command, tmp_path / "run")
     write_module(tmp_path, "own_code", DIVERGENCE.replace("2.0", "3.0"), monkeypatch)
-    with pytest.raises(ConfigError, match=r"^code\.own_code\.\w+: got .* resume_allow=\[code\]"):
+    with pytest.raises(ConfigError, match=r"^code\.own_code\.\w+: not the code .* resume_allow=\[code\]"):
         run(command, tmp_path / "run")
     write_module(tmp_path, "own_code", DIVERGENCE, monkeypatch)
     run(command, tmp_path / "run")
@@ -228,9 +228,35 @@ def test_a_redefined_function_of_a_notebook_is_no_finished_run(
     exec(DIVERGENCE, cell.__dict__)  # the same cell again
     run(command, tmp_path / "run")
     exec(DIVERGENCE.replace("FACTOR *", "FACTOR**2 *"), cell.__dict__)
-    with pytest.raises(ConfigError, match=r"^code\.__main__\.mine: got .* and the run, which has finished, has .* resume=never") as caught:
+    with pytest.raises(
+        ConfigError, match=r"^code\.__main__\.mine: not the code that the run, which has finished, has\. .* resume=never"
+    ) as caught:
         run(command, tmp_path / "run")
     assert "resume_allow" not in str(caught.value)
+    note_refused()
+
+
+def test_a_refused_command_leaves_a_run_that_has_finished_as_it_is(
+    tiny_command: list[str], tmp_path: Path, undisturbed: Callable[[str], Path]
+) -> None:
+    """Its state became "failed" and its config.yaml took the values that had been refused, which every report then showed."""
+    folder = copy_of(undisturbed("plain"), tmp_path / "run")
+    run(tiny_command, folder)  # settles where it lies
+    before = {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    with pytest.raises(ConfigError, match="has finished"):
+        run(tiny_command, folder, "seed=7")
+    assert {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+    note_refused()
+
+
+def test_a_refused_command_does_not_change_the_settings_of_a_run_that_is_to_go_on(tiny_command: list[str], tmp_path: Path) -> None:
+    crash_before(4, tiny_command, tmp_path / "run")
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    with pytest.raises(ConfigError, match="seed"):
+        run(tiny_command, tmp_path / "run", "seed=7")
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+    run(tiny_command, tmp_path / "run", "seed=7", "resume_allow=[seed]")
+    assert "seed: 7" in (tmp_path / "run" / "config.yaml").read_text()
     note_refused()
 
 

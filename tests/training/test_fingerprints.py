@@ -47,6 +47,14 @@ def test_every_difference_is_named_with_both_values_and_what_to_do() -> None:
     ]
 
 
+def test_code_that_is_another_is_named_without_its_digests() -> None:
+    """And that there was none before is no difference of its own."""
+    (line,) = refused(fingerprints(code={"a.loss": "0f"}), fingerprints(code={"a.loss": "1e"}))
+    assert line.startswith("code.a.loss: not the code that the run to be resumed has. Give the old value back, add resume_allow=[code] ")
+    (line,) = refused(fingerprints(code={}), fingerprints(code={"a.loss": "1e"}))
+    assert line.startswith('code.a.loss: got "1e", and the run to be resumed has nothing.')
+
+
 def test_of_a_finished_run_no_new_value_is_offered_as_there_is_no_step_to_use_it_in() -> None:
     with pytest.raises(ConfigError) as caught:
         compare_fingerprints(fingerprints(), fingerprints(tokenizer="u"), finished=True)
