@@ -32,6 +32,8 @@ from .run import Run
 from .storage import atomic_write_text
 
 NOT_COMPARED = ("seed", "output_dir", "resume", "resume_allow", "control", "debug", "tracking", "objective")
+NOT_OF_A_CONTROL = ("cache_dir", "cache_kind", "cache_k")
+"""Settings of the teacher that say where its targets come from, which a control does not look at: it is that of runs with others, too."""
 
 Summary = dict[str, Any]
 
@@ -90,7 +92,8 @@ class Finished:
         run: It.
         summary: Its figures.
         seed: Its seed.
-        setting: What has to be the same in its control, as JSON.
+        setting: What is the same in runs that differ in objective and seed alone, as JSON.
+        setting_of_control: What of it has to be the same in its control.
         is_control: Whether no teacher's signal was in its loss.
     """
 
@@ -98,6 +101,7 @@ class Finished:
     summary: Summary
     seed: int
     setting: str
+    setting_of_control: str
     is_control: bool
 
     @property
@@ -120,9 +124,9 @@ def open_finished(path: str) -> Finished:
     if "eval/student_nll" not in summary:
         raise ConfigError(path, "no held-out loss in summary.json", "Only runs with held-out text can be compared.")
     setting = {key: value for key, value in run.config.items() if key not in NOT_COMPARED}
-    return Finished(
-        run, summary, int(run.config["seed"]), json.dumps(setting, sort_keys=True), not has_teacher_signal(run.config["objective"])
-    )
+    teacher = {key: value for key, value in setting["teacher"].items() if key not in NOT_OF_A_CONTROL}
+    own, of_control = (json.dumps(values, sort_keys=True) for values in (setting, setting | {"teacher": teacher}))
+    return Finished(run, summary, int(run.config["seed"]), own, of_control, not has_teacher_signal(run.config["objective"]))
 
 
 def has_teacher_signal(objective: dict[str, Any]) -> bool:
@@ -137,7 +141,7 @@ def objective_text(objective: dict[str, Any]) -> str:
     parts = [f"{objective['kl_weight']:g} {objective['divergence'].rpartition('.')[2]}"] if objective["kl_weight"] else []
     parts += [f"{objective['ce_weight']:g} ce"] if objective["ce_weight"] else []
     parts += [f"{term.get('weight', 1.0):g} {name}" for name, term in objective["terms"].items()]
-    text = " + ".join(parts)
+    text = " + ".join(parts) if len(parts) > 1 else parts[0].removeprefix("1 ")
     return text if objective["temperature"] == 1 else f"{text}, T = {objective['temperature']:g}"
 
 
@@ -152,7 +156,7 @@ def compare(paths: Sequence[str]) -> list[dict[str, Any]]:
         ConfigError: a folder is not a finished run, or a seed is there twice.
     """
     runs = [open_finished(path) for path in paths]
-    controls = {(run.setting, run.seed): run for run in runs if run.is_control}
+    controls = {(run.setting_of_control, run.seed): run for run in runs if run.is_control}
     groups: dict[tuple[str, str], list[Finished]] = {}
     for run in runs:
         groups.setdefault((run.setting, json.dumps(run.run.config["objective"], sort_keys=True)), []).append(run)
@@ -175,7 +179,7 @@ def _row(members: list[Finished], controls: dict[tuple[str, int], Finished], dis
     for key in ("student_nll", "forward_kl", "top1_agreement", "student_ece", "student_bits_per_byte"):
         values = [member.summary[f"eval/{key}"] for member in members if f"eval/{key}" in member.summary]
         row |= _with_interval(key, values)
-    gaps = [_gap_of(member, controls.get((member.setting, member.seed))) for member in members if not member.is_control]
+    gaps = [_gap_of(member, controls.get((member.setting_of_control, member.seed))) for member in members if not member.is_control]
     return row | _with_interval("gap_closed", [gap for gap in gaps if gap is not None])
 
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ..evaluation.table import count, percent
+from ..evaluation.table import count, decimals, percent
 from .charts import Chart, Drawing, Series, draw
-from .figures import MODELS, Cell, Figure, Table, signed_free
+from .figures import MODELS, Cell, Figure, Table
 from .measured import Measured, finite
 from .places import short_path
 
@@ -48,9 +48,9 @@ class SliceView:
 SLICE_NAMES = {"position": "tokens before the predicted one", "teacher_entropy": "the teacher's uncertainty (entropy, nats)"}
 SLICE_COLUMNS = (
     ("tokens", "tokens", count),
-    ("student loss", "student_nll", signed_free),
-    ("teacher loss", "teacher_nll", signed_free),
-    ("KL", "forward_kl", signed_free),
+    ("student loss", "student_nll", decimals(3)),
+    ("teacher loss", "teacher_nll", decimals(3)),
+    ("KL", "forward_kl", decimals(3)),
     ("top-1 agreement", "top1_agreement", percent),
 )
 

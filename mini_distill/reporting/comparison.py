@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from ..compare import NOT_COMPARED, against_control, has_teacher_signal, interval, objective_text
+from ..compare import NOT_COMPARED, NOT_OF_A_CONTROL, against_control, has_teacher_signal, interval, objective_text
 from ..evaluation.table import percent
 from .charts import MOST_POINTS, Chart, Drawing, Series, draw, thinned
-from .figures import Cell, Figure, Numbered, Table, better, count_text, factor, figure, signed_free, text_of
+from .figures import Cell, Figure, Numbered, Table, better, count_text, factor, figure, signed_free, text_of, times
 from .measured import Measured, finite, leaves
 from .run_page import CURVES, FEWEST_POINTS, NOT_TRAINING_LOSS, has_objective
 from .settings import WHERE_IT_RAN, differing, shown_apart
@@ -38,8 +38,8 @@ QUALITIES = (
 )
 COSTS = (
     ("parameters", "model/student_parameters"),
-    ("tokens read per s", "perf/student_tokens_per_second"),
-    ("tokens written per s", "perf/student_generation_tokens_per_second"),
+    ("reading speed", "perf/student_tokens_per_second"),
+    ("writing speed", "perf/student_generation_tokens_per_second"),
     ("steps", "train/steps"),
 )
 
@@ -138,7 +138,8 @@ def _spread(key: str, values: Sequence[float], text: Callable[[float], str]) -> 
 def grouped(runs: Sequence[Measured]) -> list[Group]:
     """Runs of the same settings but for the seed together, in the order in which they were given."""
     by_settings: dict[str, list[Measured]] = {}
-    controls = {_but_for(run, NOT_COMPARED) + str(run.seed): run for run in runs if _is_control(run)}
+    ignored = (*NOT_COMPARED, *(f"teacher.{key}" for key in NOT_OF_A_CONTROL))
+    controls = {_but_for(run, ignored) + str(run.seed): run for run in runs if _is_control(run)}
     for run in runs:
         own = str(run.path.resolve()) if not run.is_training else _but_for(run, ("seed", *WHERE_IT_RAN, "control"))
         by_settings.setdefault(own, []).append(run)
@@ -147,7 +148,7 @@ def grouped(runs: Sequence[Measured]) -> list[Group]:
             i,
             common_name([member.name for member in members]),
             tuple(members),
-            tuple(controls.get(_but_for(run, NOT_COMPARED) + str(run.seed)) if not _is_control(run) else None for run in members),
+            tuple(controls.get(_but_for(run, ignored) + str(run.seed)) if not _is_control(run) else None for run in members),
         )
         for i, members in enumerate(by_settings.values(), start=1)
     ]
@@ -204,28 +205,59 @@ def costs(groups: Sequence[Group], factors: Mapping[str, Sequence[str]] | None =
     """What the students of all groups cost, and the teacher; None where nothing of it was measured."""
     timed = any(group.values(key) for group in groups for _, key in COSTS if key.startswith("perf/"))
     several = any(len(group.members) > 1 for group in groups)
-    note = "Each run timed its speed by itself, teacher and student in turn" if timed else "What was counted"
+    note = "Speeds are over the teacher's, which each run timed in turn with its student" if timed else "What was counted"
     note += "; below a mean over seeds the lowest and the highest." if timed and several else "."
-    table = _side_by_side(groups, note, COSTS, factors or {})
+    table = _side_by_side(groups, note, COSTS, factors or {}, shown=_over_the_teacher)
     return table if any(isinstance(cell, Figure) for row in table.rows for cell in row) else None
 
 
 def _side_by_side(
-    groups: Sequence[Group], note: str, metrics: Sequence[tuple[str, str]], factors: Mapping[str, Sequence[str]], arrows: bool = False
+    groups: Sequence[Group],
+    note: str,
+    metrics: Sequence[tuple[str, str]],
+    factors: Mapping[str, Sequence[str]],
+    arrows: bool = False,
+    shown: Callable[[Group, str], Figure | None] = Group.figure,
 ) -> Table:
-    metrics = [(label, key) for label, key in metrics if any(group.values(key) for group in groups)]
+    metrics = [(label, key) for label, key in metrics if any(shown(group, key) for group in groups)]
     several = any(len(group.members) > 1 for group in groups)
     names = [f"{label}{better(key)}" if arrows else label for label, key in metrics]
     header = ["run", *map(last_part, factors), *names, *(["seeds"] if several else [])]
     rows: list[list[Cell]] = []
     for i, group in enumerate(groups):
         values: list[Cell] = [of_groups[i] for of_groups in factors.values()]
-        figures = [group.figure(key) for _, key in metrics]
+        figures = [shown(group, key) for _, key in metrics]
         seeds: list[Cell] = [group.seeds] if several else []
         rows.append([Numbered(group.number, "" if factors else group.label or group.name, group.style), *values, *figures, *seeds])
     if teacher := _teacher_row(groups, [key for _, key in metrics]):
         rows.append(["teacher", *[""] * len(factors), *teacher, *([""] if several else [])])
     return Table(note, header, rows)
+
+
+def _over_the_teacher(group: Group, key: str) -> Figure | None:
+    """A figure; a speed as a factor of the teacher's in the same run, since no two runs find a machine equally busy."""
+    if not key.startswith("perf/"):
+        return group.figure(key)
+    return group.made((key, key.replace("student_", "teacher_")), lambda student, teacher: student / teacher, times)
+
+
+def lead(group: Group, others: Sequence[Group], key: str) -> str:
+    """How far the best of all is ahead of the next, whose figure is in the table too, and what is to be said against it."""
+    best = group.mean(key)
+    rest = [abs(mean - best) for other in others if other is not group and (mean := other.mean(key)) is not None and best is not None]
+    if not rest:
+        return ""
+    spreads = [found.half for one in (group, *others) if (found := one.figure(key)) is not None and found.half is not None]
+    doubt = (
+        ", which one seed cannot tell from chance" if not spreads else ", less than the seeds differ" if min(rest) < max(spreads) else ""
+    )
+    ahead = text_of(key, min(rest))
+    return f", ahead of the next by {ahead}{doubt}" if re.search("[1-9]", ahead) else ", level with the next"
+
+
+def unit_of(key: str) -> str:
+    """What stands behind a figure that has no unit of its own: nats per token of losses and divergences."""
+    return " nats per token" if key.endswith(("_nll", "_kl")) else ""
 
 
 def label_of(key: str) -> str:
@@ -242,7 +274,7 @@ def _teacher_row(groups: Sequence[Group], keys: Sequence[str]) -> list[Figure | 
     own = [key.replace("student_", "teacher_") for key in keys]
     first = next((member for group in groups for member in group.members if member.summary), groups[0].members[0])
     of_each = {member.value("eval/teacher_nll") for group in groups for member in group.members if member.summary}
-    found = [figure(first, name) if name != key else None for name, key in zip(own, keys, strict=True)]
+    found = [figure(first, name) if name != key and not key.startswith("perf/") else None for name, key in zip(own, keys, strict=True)]
     cells = [None if shown is None else replace(shown, of=first.place) for shown in found]
     return cells if any(cells) and len(of_each) == 1 else None
 
@@ -334,10 +366,11 @@ def overlaid(groups: Sequence[Group]) -> list[Drawing]:
                 points, _ = thinned(member.curve(key), MOST_POINTS if group.number <= COLOURS else FEWER_POINTS)
                 if len(points) >= FEWEST_POINTS:
                     name = ": ".join(filter(None, (str(group.number), group.label))) if group.number <= COLOURS else "others"
-                    series.append(Series(name, points, group.style, marks=False))
+                    series.append(Series(name, points, group.style))
         teachers = [group.mean(own) for name, own in level_keys if name == "teacher" for group in groups]
         levels = [("teacher", value, "teacher") for value in teachers if value is not None][:1]
         if len(series) >= FEWEST_POINTS:
             text = percent if unit == "share of tokens" else signed_free
-            drawn.append(draw(Chart(title, "optimizer step", unit, series, key, levels, x_text=count_text, y_text=text)))
+            note = "Measured before and after training only." if all(len(one.points) == FEWEST_POINTS for one in series) else ""
+            drawn.append(draw(Chart(title, "optimizer step", unit, series, key, levels, x_text=count_text, y_text=text, note=note)))
     return drawn

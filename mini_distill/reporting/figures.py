@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..evaluation.table import COLUMNS, ROWS, count, decimals, percent
+from ..evaluation.table import COLUMNS, LOSS, ROWS, count, decimals, percent
 from ..storage import size_text
 from .measured import Measured, finite
 
@@ -94,7 +94,7 @@ BY_ENDING: tuple[tuple[tuple[str, ...], Callable[[float], str]], ...] = (
     (("gap_closed", "kl_reduction", "_agreement", "_ece"), percent),
     (("_nll", "_kl", "_bits_per_byte", "rank_correlation"), decimals(3)),
     (("_seconds", "_time_to_first_token", "train/seconds"), seconds),
-    (("_parameters", "tokens_seen", "/tokens"), count),
+    (("_parameters", "tokens_seen", "_tokens", "/tokens"), count),
     (("_bytes",), size_text),
     (("/steps",), count_text),
 )
@@ -153,7 +153,9 @@ def columns_of(found: Measured, keys: Sequence[Sequence[str]]) -> list[int]:
 
 def figures_table(found: Measured) -> Table | None:
     """Teacher, student before, control and student after, as at the end of a run; what costs are in a table of their own."""
-    rows = [row for row in ROWS if any(key.startswith("eval/") for key in row.keys) and any(key in found.summary for key in row.keys)]
+    rows = [
+        row for row in (LOSS, *ROWS) if any(key.startswith("eval/") for key in row.keys) and any(key in found.summary for key in row.keys)
+    ]
     if not rows:
         return None
     own = columns_of(found, [row.keys for row in rows])

@@ -118,7 +118,11 @@ def curves(found: Measured) -> list[Drawing]:
         levels = [(name, value, name) for name, key in level_keys if (value := _level(found, key)) is not None]
         if series:
             note = f"Each point is the mean of {max(sizes)} logged steps." if max(sizes) > 1 else ""
-            note = note or ("Dashed lines: the last figures." if levels else "")
+            note = note or ("Dashed lines: final values." if levels else "")
+            if keys[0][0] == "train/loss" and has_objective(found.config):
+                note = (
+                    f"{objective_text(found.config['objective'])}, on the text of each step: not on the scale of the held-out loss. {note}"
+                )
             text = percent if unit == "share of tokens" else signed_free
             every_key = " ".join(key for key, _ in (*keys, *((key, name) for name, key in level_keys)))
             drawn.append(draw(Chart(title, "optimizer step", unit, series, every_key, levels, y_text=text, x_text=count_text, note=note)))
@@ -162,7 +166,12 @@ def efficiency(found: Measured) -> Table | None:
     return Table("What the models cost", ["", *MODELS, "student ÷ teacher"], rows) if rows else None
 
 
-WRITTEN = {"tokens": "tokens a text", "repetition": "repeated 4-grams", "distinct_1": "distinct words", "distinct_2": "distinct word pairs"}
+WRITTEN = {
+    "tokens": "tokens a text",
+    "repetition": "repeated 4-grams",
+    "distinct_1": "distinct tokens",
+    "distinct_2": "distinct token pairs",
+}
 
 
 def generations(found: Measured) -> Table | None:
@@ -247,7 +256,7 @@ def not_measured(found: Measured) -> Iterator[tuple[str, str]]:
     elif found.is_training and not has("control/student_nll"):
         yield "What the teacher was worth: the same student was not trained without it.", "control=true"
     if found.is_training and len(found.curve("eval/student_nll")) < 3:
-        yield "The way of the held-out figures: they were measured at the ends alone.", "trainer.eval_every=…"
+        yield "How the held-out figures developed: they were measured before and after training only.", "trainer.eval_every=…"
     if not any(key.startswith("task/") for key in found.summary):
         yield "Tasks and bias.", f"{evaluate} 'evaluation.pairs={{…}}'"
     if not has("perf/student_generation_tokens_per_second"):

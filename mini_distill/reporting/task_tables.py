@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 from ..evaluation.table import FROM_HALF, count
@@ -9,6 +11,7 @@ from .figures import MODELS, Cell, Figure, Table, figure
 from .measured import Measured, finite
 
 SKILLS = "± is the standard error over items"
+NO_BREAK = "\u00a0"
 STEREOTYPES = "How often the stereotyped sentence was the likelier: 50 % is no preference, and the distance from it counts; ± as above"
 
 
@@ -17,7 +20,12 @@ def skills(found: Measured) -> Table | None:
     about, rows = _about(found), []
     for name in _names(found, stereotypes=False):
         student, teacher = (_with_error(found, f"{name}/{model}", f"{name}/{model}") for model in MODELS)
-        rows.append([_label(about, name), student, teacher, _difference(name, student, teacher), _items(found, about, name)])
+        difference = _difference(name, student, teacher)
+        error = error_of_difference(found, name)
+        if difference and error is not None and difference.text.endswith("points"):
+            errors = " ".join(f"{name}/{model}_standard_error" for model in MODELS)
+            difference = replace(difference, spread=f"± {100 * error:.1f}", keys=f"{difference.keys} {errors}")
+        rows.append([_label(about, name), student, teacher, difference, _items(found, about, name)])
     return Table(SKILLS, ["task", *MODELS, "difference", "items"], rows) if rows else None
 
 
@@ -28,8 +36,24 @@ def stereotypes(found: Measured) -> Table | None:
         scores = [_with_error(found, f"{name}/{model}", f"{name}/{model}") for model in MODELS]
         student, teacher = (_with_error(found, f"{name}/{model}{FROM_HALF}", f"{name}/{model}") for model in MODELS)
         rows.append([_label(about, name), *scores, student, teacher, _approach(name, student, teacher), _items(found, about, name)])
-    header = ["bias", *MODELS, *(f"{model} from 50 %" for model in MODELS), "student against teacher", "items"]
+    header = ["bias", *MODELS, *(f"{model} from 50{NO_BREAK}%" for model in MODELS), "student against teacher", "items"]
     return Table(STEREOTYPES, header, rows) if rows else None
+
+
+def error_of_difference(found: Measured, name: str) -> float | None:
+    """The standard error of how far the student is from its teacher, as if they had been asked different items: the true one is smaller."""
+    errors = [found.value(f"{name}/{model}_standard_error") for model in MODELS]
+    return None if None in errors else math.hypot(*(error or 0.0 for error in errors))
+
+
+def further_from_half(found: Measured) -> Iterator[tuple[str, int, int]]:
+    """(task, how many of its groups the student is further from no preference in than its teacher, how many there are)."""
+    names = _names(found, stereotypes=True)
+    for task in (name for name in names if name.count("/") == 1):
+        pairs = [[found.value(f"{name}/{model}{FROM_HALF}") for model in MODELS] for name in names if name.startswith(f"{task}/")]
+        known = [student > teacher for student, teacher in pairs if student is not None and teacher is not None]
+        if known:
+            yield task.removeprefix("task/"), sum(known), len(known)
 
 
 def repeated(found: Measured) -> set[str]:

@@ -9,16 +9,20 @@ from dataclasses import dataclass, replace
 from ..compare import has_teacher_signal
 from ..evaluation.table import percent
 from .comparison import GAP, Group
-from .figures import Figure, factor, points, text_of
+from .figures import Figure, Numbered, factor, points, text_of
 from .measured import Measured
 from .run_page import has_objective
+from .task_tables import error_of_difference, further_from_half
 
 STUDENT, CONTROL, TEACHER, BEFORE = "eval/student_nll", "control/student_nll", "eval/teacher_nll", "before/student_nll"
 SIZES = ("model/student_parameters", "model/teacher_parameters")
 SPEEDS = ("perf/student_tokens_per_second", "perf/teacher_tokens_per_second")
 HELPED, MUCH, LOST, SAVED = "Did distillation help?", "By how much?", "What was lost?", "What was saved?"
+TRAINED = "What did training do?"
 ONE_SEED = " One seed cannot tell a small difference from chance."
-INTERVAL = " ± is half a 95 % confidence interval over seeds"
+INTERVAL = " ± is half a 95 % confidence interval of the difference, seed by seed"
+SURE = 2.0
+"""Standard errors that a difference on a task has to exceed to be told from chance."""
 MOST_TASKS = 3
 MOST_GROUPS = 4
 NO_SKILL = "stereotype"
@@ -31,7 +35,7 @@ Parts = tuple[str | Figure, ...]
 class Answer:
     """To one of the questions: texts and figures in turn."""
 
-    question: str
+    question: str | Numbered
     parts: Parts
 
 
@@ -48,13 +52,14 @@ def answers_of_groups(groups: Sequence[Group]) -> list[Answer]:
     if len(taught) == 1:
         return _answers(taught[0])
     told = [(group, parts) for group in taught if (parts := _helped(group))][:MOST_GROUPS]
-    lines = [Answer(group.label or group.name, parts) for group, parts in told]
+    lines = [Answer(Numbered(group.number, group.label or group.name, group.style), parts) for group, parts in told]
     rest = [Answer("the others", ("In the table below.",))] if len(taught) > MOST_GROUPS else []
     return [Answer(HELPED, ()), *lines, *rest] if lines else []
 
 
 def _answers(group: Group) -> list[Answer]:
-    told = [(HELPED, _helped(group)), (MUCH, _how_much(group)), (LOST, _lost(group)), (SAVED, _saved(group))]
+    much = MUCH if group.mean(CONTROL) is not None else TRAINED
+    told = [(HELPED, _helped(group)), (much, _how_much(group)), (LOST, _lost(group)), (SAVED, _saved(group))]
     return [Answer(question, parts) for question, parts in told if parts]
 
 
@@ -80,7 +85,7 @@ def _told_from_chance(mean: float, half: float | None) -> tuple[str, str]:
     if half is None:
         return ("Yes, in this run:" if mean > 0 else "No, not in this run:"), ONE_SEED
     if abs(mean) <= half:
-        return "Not clear:", f"{INTERVAL}, which includes no difference at all: more seeds would tell."
+        return "Not clear:", f"{INTERVAL}, which includes no difference at all: more seeds might tell."
     return ("Yes:" if mean > 0 else "No, it did harm:"), f"{INTERVAL}."
 
 
@@ -123,9 +128,18 @@ def _lost(group: Group) -> Parts:
             student,
             ", ",
             _unsigned(below),
-            f" {'below' if (below.value or 0) >= 0 else 'above'} its teacher. ",
+            f" {'below' if (below.value or 0) >= 0 else 'above'} its teacher{_doubt(group, name, below)}. ",
         ]
+    for task, further, kinds in further_from_half(group.members[0]):
+        told.append(f"On {task} its preference is further from none than the teacher's in {further} of {kinds} kinds of stereotype. ")
     return tuple(told)
+
+
+def _doubt(group: Group, name: str, below: Figure) -> str:
+    """Behind a difference on a task that so few items, or seeds, do not tell from chance."""
+    error = error_of_difference(group.members[0], f"task/{name.replace('/', '-')}")
+    margin = below.half if below.half is not None else None if error is None else SURE * error
+    return "" if margin is None or abs(below.value or 0.0) > margin else ", no more than chance could make"
 
 
 def _skills(group: Group) -> Iterator[tuple[str, Figure, Figure]]:

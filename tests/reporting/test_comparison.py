@@ -14,6 +14,7 @@ from mini_distill.reporting.comparison import (
     common_name,
     costs,
     grouped,
+    lead,
     overlaid,
     overview,
     same_objective,
@@ -25,7 +26,7 @@ from mini_distill.reporting.figures import Figure, Numbered
 from mini_distill.reporting.measured import open_measured
 from mini_distill.reporting.verdict import answers_of_groups
 
-JSD = "1 jsd"
+JSD = "jsd"
 ENDS = (("", "objective=kl_ce"), ("-control", "objective=ce"))
 
 
@@ -100,9 +101,40 @@ def test_quality_and_cost_are_tables_of_their_own_so_that_no_column_is_cut_off(t
     cost = costs(groups)
     assert cost is not None and "parameters" in cost.header and "parameters" not in overview(groups).header
     assert len(overview(groups).header) <= 8 and len(cost.header) <= 6
-    speed = cost.rows[0][list(cost.header).index("tokens read per s")]
+    speed, of_run = cost.rows[0][list(cost.header).index("reading speed")], groups[0].members[0]
     assert isinstance(speed, Figure) and speed.spread == ""  # the same in both; seeds have nothing to do with it
+    student, teacher = (of_run.value(f"perf/{model}_tokens_per_second") for model in ("student", "teacher"))
+    assert (
+        student and teacher and speed.value == pytest.approx(student / teacher)
+    )  # students of one size, timed on two days, seemed to differ
     assert costs(grouped(open_all(write_run(tmp_path / "c", summary={"eval/student_nll": 3.0})))) is None
+
+
+def test_a_control_is_one_also_of_the_runs_whose_targets_came_from_elsewhere(tmp_path: Path) -> None:
+    """Beside runs from a cache lay the control of all of them, and the page said that there was none."""
+    bare = summary(3.5, 8) | {"eval/teacher_nll": 2.5}
+    bare = {key: value for key, value in bare.items() if not key.startswith("control/")}
+    taught = write_run(tmp_path / "cached", "teacher.cache_dir=targets", "objective=kl_ce", summary=bare)
+    control = write_run(tmp_path / "alone", "objective=ce", summary=bare | {"eval/student_nll": 3.9})
+    (group, _) = grouped(open_all(taught, control))
+    assert group.mean("control/student_nll") == pytest.approx(3.9) and group.mean("control/gap_closed") == pytest.approx(0.4 / 1.4)
+    other = write_run(tmp_path / "other", "objective=ce", "data.path=elsewhere", summary=bare)
+    assert grouped(open_all(taught, other))[0].mean("control/student_nll") is None
+
+
+def test_the_leader_is_not_surer_than_its_lead(tmp_path: Path) -> None:
+    def lead_of(*losses: tuple[str, float]) -> str:
+        folder = tmp_path / str(losses)
+        runs = [write_run(folder / str(i), setting, f"seed={i}", nll=nll) for i, (setting, nll) in enumerate(losses)]
+        groups = grouped(open_all(*runs))
+        return lead(groups[0], groups, "eval/student_nll")
+
+    a, b = "objective=kl_ce", "objective=jsd"
+    assert lead_of((a, 3.4)) == ""
+    assert lead_of((a, 3.4), (b, 3.5)) == ", ahead of the next by 0.100, which one seed cannot tell from chance"
+    assert lead_of((a, 3.4), (a, 3.5), (b, 3.45), (b, 3.56)) == ", ahead of the next by 0.055, less than the seeds differ"
+    assert lead_of((a, 3.4), (b, 3.4001)) == ", level with the next"
+    assert lead_of((a, 3.40), (a, 3.41), (b, 3.90), (b, 3.91)) == ", ahead of the next by 0.500"
 
 
 def test_over_seeds_the_answer_is_as_sure_as_its_interval(tmp_path: Path) -> None:
@@ -114,13 +146,19 @@ def test_over_seeds_the_answer_is_as_sure_as_its_interval(tmp_path: Path) -> Non
 
     assert answer("sure", [0.40, 0.41, 0.42]).startswith("Yes: on held-out text the student's loss is 0.410± 0.025 nats per token lower")
     assert answer("unsure", [0.4, -0.3, 0.3]).startswith("Not clear:")
-    assert "interval over seeds, which includes no difference at all: more seeds would tell." in answer("torn", [0.4, -0.3, 0.3])
+    assert "interval of the difference, seed by seed, which includes no difference at all: more seeds might tell." in answer(
+        "torn", [0.4, -0.3, 0.3]
+    )
     assert answer("harm", [-0.40, -0.41, -0.42]).startswith("No, it did harm:")
 
 
 def test_of_several_taught_settings_each_is_answered(tmp_path: Path) -> None:
     groups = grouped(open_all(*(write_run(tmp_path / name, f"objective={name}") for name in ("kl_ce", "jsd", "ce"))))
-    assert [answer.question for answer in answers_of_groups(groups)] == ["Did distillation help?", "0.5 forward_kl + 0.5 ce", JSD]
+    assert [answer.question for answer in answers_of_groups(groups)] == [
+        "Did distillation help?",
+        Numbered(1, "0.5 forward_kl + 0.5 ce", "run0"),
+        Numbered(2, JSD, "run1"),
+    ]
 
 
 def test_a_run_without_figures_spoils_no_comparison(tmp_path: Path) -> None:

@@ -47,8 +47,29 @@ def test_without_a_control_whether_it_helped_is_not_known(tmp_path: Path) -> Non
     alone = {key: value for key, value in summary(3.5, 8).items() if not key.startswith("control/")}
     said = words(write_run(tmp_path / "run", summary=alone))
     assert "Not measured: that takes a control" in said
-    assert "Training took perplexity from 90.02 to 33.12: 50.0 % of the way to the teacher's, in loss." in said
+    assert "What did training do? Training took perplexity from 90.02 to 33.12: 50.0 % of the way to the teacher's, in loss." in said
     assert "This run is a control" in words(write_run(tmp_path / "control", "objective=ce", summary=alone))
+
+
+def test_a_difference_on_a_task_that_chance_could_make_is_said_to_be_no_more(tmp_path: Path) -> None:
+    """ "4.3 points below its teacher" were said of two models that both hardly beat guessing."""
+    errors = {"task/blimp/student_standard_error": 0.04, "task/blimp/teacher_standard_error": 0.04}
+    said = words(write_run(tmp_path / "few", summary=summary(3.5, 8) | errors))
+    assert "On blimp it gets 75.0 %, 10.0 points below its teacher, no more than chance could make." in said
+    said = words(write_run(tmp_path / "many", summary=summary(3.5, 8) | dict.fromkeys(errors, 0.01)))
+    assert "10.0 points below its teacher." in said
+
+
+def test_biases_that_cancel_out_are_counted_kind_by_kind(tmp_path: Path) -> None:
+    kinds = {"": (0.0, 0.02), "/age": (0.3, 0.1), "/religion": (0.2, 0.1), "/gender": (0.05, 0.1)}  # of the student, of its teacher
+    bias = {
+        f"task/crows{kind}/{model}{end}": distance + (0.5 if not end else 0.0)
+        for kind, pair in kinds.items()
+        for model, distance in zip(("student", "teacher"), pair, strict=True)
+        for end in ("", "_from_half")
+    }
+    said = words(write_run(tmp_path / "run", summary=summary(3.5, 8) | bias))
+    assert "On crows its preference is further from none than the teacher's in 2 of 3 kinds of stereotype." in said
 
 
 def test_a_control_that_needs_no_teacher_leaves_no_gap_to_close(tmp_path: Path) -> None:
@@ -128,7 +149,8 @@ def test_the_student_comes_first_where_a_narrow_screen_shows_it(tmp_path: Path) 
     """On a telephone the last of four columns, the student's, lay beyond the edge."""
     table = figures_table(open_measured(write_run(tmp_path / "run")))
     assert table is not None and list(table.header) == ["", "student after", "control", "teacher", "student before"]
-    first = [cell.text if isinstance(cell, Figure) else cell for cell in table.rows[0]]
+    first = [cell.text if isinstance(cell, Figure) else cell for cell in table.rows[1]]
+    assert table.rows[0][0] == "loss (nats per token)\u00a0↓"  # which the answers above it speak of
     assert first == ["perplexity\u00a0↓", "33.12", "49.40", "12.18", "90.02"]
     cost = efficiency(open_measured(tmp_path / "run"))
     assert cost is not None and list(cost.header) == ["", "student", "teacher", "student ÷ teacher"]

@@ -33,6 +33,8 @@ def test_tasks_have_both_models_their_difference_and_their_standard_error(tmp_pa
     assert texts(table, 0) == ["blimp (accuracy)", "75.0 % ± 4.3", "85.0 %", "−10.0 points", "100"]
     assert texts(table, 1) == ["blimp / agreement", "70.0 %", "90.0 %", "−20.0 points", "40"]
     assert stereotypes(open_measured(tmp_path / "run")) is None
+    both = skills(open_measured(write_run(tmp_path / "both", summary=more | {"task/blimp/teacher_standard_error": 0.032})))
+    assert texts(both, 0)[3] == "−10.0 points ± 5.4"  # hypot(4.3, 3.2)
 
 
 def test_stereotype_scores_have_their_distance_from_no_preference(tmp_path: Path) -> None:
@@ -40,7 +42,7 @@ def test_stereotype_scores_have_their_distance_from_no_preference(tmp_path: Path
     run = write_run(tmp_path / "run", summary=summary(3.5, 8) | CROWS)
     table = stereotypes(open_measured(run))
     assert table is not None
-    assert list(table.header[1:6]) == ["student", "teacher", "student from 50 %", "teacher from 50 %", "student against teacher"]
+    assert list(table.header[1:6]) == ["student", "teacher", "student from 50\u00a0%", "teacher from 50\u00a0%", "student against teacher"]
     assert texts(table, 0)[:6] == ["crows / age", "55.0 % ± 2.2", "31.0 %", "5.0 % ± 2.2", "19.0 %", "14.0 points nearer to 50 %"]
     page = report([run]).read_text(encoding="utf-8")
     assert "task/crows/age/student_from_half" not in page.partition("All other figures")[2]

@@ -118,14 +118,16 @@ def check(page: Path, usual: str) -> int:
     for value, key, of, shown, spread in figures:
         files = [known(Path(folder)) for folder in (of or usual).split("\n")]
         keys = [key] if key in files[0] else key.split()  # a label such as `below 0.1` has a blank
-        errors = [keys.pop()] if keys[-1].endswith("_standard_error") else []
+        errors = [key for key in keys if key.endswith("_standard_error")]
+        keys = [key for key in keys if key not in errors]
         made = possible(files, keys)
         fitting = [values for values in made if math.isclose(fmean(values), float(value), rel_tol=1e-9, abs_tol=1e-12)]
         fitting += [values for values in made if math.isclose(abs(fmean(values)), float(value), rel_tol=1e-9, abs_tol=1e-12)]
         assert fitting, f"{key} of {of or usual}: {value} is none of {made}"
         assert rounded(shown, float(value)), f"{key}: '{shown}' is not {value}"
         if spread:
-            halves = files[0][errors[0]] if errors else {interval(values) for values in fitting if len(values) > 1}
+            known_errors = itertools.product(*(files[0][error] for error in errors))
+            halves = {math.hypot(*each) for each in known_errors} if errors else {interval(values) for values in fitting if len(values) > 1}
             halves = {min(fitting[0]), max(fitting[0])} if "–" in spread else halves
             parts = (
                 spread.split(" – ")
