@@ -4,6 +4,8 @@
     python -m mini_distill.train teacher=hf teacher.path=… data=text data.path=…
     torchrun --nproc_per_node 2 -m mini_distill.train                         several processes
 
+From Python, `md.train(["student=mini_2m", "trainer.max_steps=200"])`: the same settings as a list, and a `Run` to look at in return.
+
 train → training_loop → optimizer_step → distill_step → losses/objective.py → losses/divergences.py
 """
 
