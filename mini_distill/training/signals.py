@@ -99,7 +99,8 @@ class StopRequest:
         """The exception that ends a run which has saved `step`, unless it is 0. Where another process got the signal, SIGTERM is assumed."""
         name, code = self.signal_name or "SIGTERM", self.exit_code or 143
         if step == 0:
-            return Preempted("step 0", f"stopped by {name} before a step was done", "The same command begins again.", code)
+            rank = f"rank {os.environ['RANK']}, " if "RANK" in os.environ else ""  # to which torchrun may have sent it, since another died
+            return Preempted(f"{rank}step 0", f"stopped by {name} before a step was done", "The same command begins again.", code)
         return Preempted(f"step {step}", f"stopped by {name} and saved", "The same command goes on from here.", code)
 
     def __enter__(self) -> StopRequest:
