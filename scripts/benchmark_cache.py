@@ -154,7 +154,7 @@ def reads_in_turns(
 ) -> dict[str, dict[str, list[float]]]:
     """Tokens per second of each round, in which everybody reads the same shuffled sequences: from disk, and again, from memory."""
     speeds: dict[str, dict[str, list[float]]] = {name: {"disk": [], "memory": []} for name in openings}
-    of_an_epoch = min(most, len(batches.sequences) // batches.micro_batch_size)
+    of_an_epoch = max(1, min(most, len(batches.sequences) // batches.micro_batch_size))
     endless = batches.steps()
     for _ in range(rounds):
         of_round = [batch for (batch,) in islice(endless, of_an_epoch)]
