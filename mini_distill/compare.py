@@ -2,7 +2,8 @@
 
 python -m mini_distill.compare runs/a runs/a-control runs/b …        --output comparison.json
 
-A control is a run without a teacher's signal (objective=ce) that differs from others in its objective alone, such as `control=true` makes.
+A control is a run without a teacher's signal (objective=ce) that differs from others in its objective alone, such as `control=true` makes,
+or also in where the teacher's targets come from, which it does not use: a cache or the live teacher.
 Runs that differ in nothing but the seed are one row; each is compared with the control of the same seed, or as it was itself (control=true)
 where that is not given.
 """
@@ -32,8 +33,8 @@ from .run import Run
 from .storage import atomic_write_text
 
 NOT_COMPARED = ("seed", "output_dir", "resume", "resume_allow", "control", "debug", "tracking", "objective")
-NOT_OF_A_CONTROL = ("cache_dir", "cache_kind", "cache_k")
-"""Settings of the teacher that say where its targets come from, which a control does not look at: it is that of runs with others, too."""
+OF_THE_TARGETS = ("cache_dir", "cache_kind", "cache_k", "top_k", "num_requests", "timeout")
+"""Settings of a teacher that only say where its targets come from, and how: of no use to who trains without them."""
 
 Summary = dict[str, Any]
 
@@ -92,8 +93,8 @@ class Finished:
         run: It.
         summary: Its figures.
         seed: Its seed.
-        setting: What is the same in runs that differ in objective and seed alone, as JSON.
-        setting_of_control: What of it has to be the same in its control.
+        setting: All that is compared but for the objective, as JSON.
+        of_control: What of that has to be the same in its control.
         is_control: Whether no teacher's signal was in its loss.
     """
 
@@ -101,7 +102,7 @@ class Finished:
     summary: Summary
     seed: int
     setting: str
-    setting_of_control: str
+    of_control: str
     is_control: bool
 
     @property
@@ -124,9 +125,21 @@ def open_finished(path: str) -> Finished:
     if "eval/student_nll" not in summary:
         raise ConfigError(path, "no held-out loss in summary.json", "Only runs with held-out text can be compared.")
     setting = {key: value for key, value in run.config.items() if key not in NOT_COMPARED}
-    teacher = {key: value for key, value in setting["teacher"].items() if key not in NOT_OF_A_CONTROL}
-    own, of_control = (json.dumps(values, sort_keys=True) for values in (setting, setting | {"teacher": teacher}))
-    return Finished(run, summary, int(run.config["seed"]), own, of_control, not has_teacher_signal(run.config["objective"]))
+    shared, alone = shared_with_control(run.config), not has_teacher_signal(run.config["objective"])
+    return Finished(run, summary, int(run.config["seed"]), json.dumps(setting, sort_keys=True), shared, alone)
+
+
+def shared_with_control(config: dict[str, Any]) -> str:
+    """What of a configuration, as plain values, has to be the same in a run and its control, as JSON: the same student, text and steps.
+
+    The teacher is part of it, since a student can begin with its layers and has its tokenizer; where its targets come from is not, unless
+    the cache alone says which teacher it was.
+    """
+    kept = {key: value for key, value in config.items() if key not in NOT_COMPARED}
+    teacher = config.get("teacher") or {}
+    if teacher.get("kind") != "cached":
+        kept["teacher"] = {key: value for key, value in teacher.items() if key not in OF_THE_TARGETS}
+    return json.dumps(kept, sort_keys=True, default=str)
 
 
 def has_teacher_signal(objective: dict[str, Any]) -> bool:
@@ -135,13 +148,14 @@ def has_teacher_signal(objective: dict[str, Any]) -> bool:
 
 
 def objective_text(objective: dict[str, Any]) -> str:
-    """An objective in a few words: its weights, and what is not as usual."""
+    """An objective in a few words: its weights, but for the 1 of a single term, and what is not as usual."""
     if not has_teacher_signal(objective):
         return "ce (control)"
-    parts = [f"{objective['kl_weight']:g} {objective['divergence'].rpartition('.')[2]}"] if objective["kl_weight"] else []
-    parts += [f"{objective['ce_weight']:g} ce"] if objective["ce_weight"] else []
-    parts += [f"{term.get('weight', 1.0):g} {name}" for name, term in objective["terms"].items()]
-    text = " + ".join(parts) if len(parts) > 1 else parts[0].removeprefix("1 ")
+    terms = [(objective["kl_weight"], objective["divergence"].rpartition(".")[2]), (objective["ce_weight"], "ce")]
+    terms = [(weight, name) for weight, name in terms if weight]
+    terms += [(term.get("weight", 1.0), name) for name, term in objective["terms"].items()]
+    alone = len(terms) == 1 and terms[0][0] == 1  # `1 jsd` behind the number of a run read as if it were part of it
+    text = terms[0][1] if alone else " + ".join(f"{weight:g} {name}" for weight, name in terms)
     return text if objective["temperature"] == 1 else f"{text}, T = {objective['temperature']:g}"
 
 
@@ -156,7 +170,7 @@ def compare(paths: Sequence[str]) -> list[dict[str, Any]]:
         ConfigError: a folder is not a finished run, or a seed is there twice.
     """
     runs = [open_finished(path) for path in paths]
-    controls = {(run.setting_of_control, run.seed): run for run in runs if run.is_control}
+    controls = {(run.of_control, run.seed): run for run in runs if run.is_control}
     groups: dict[tuple[str, str], list[Finished]] = {}
     for run in runs:
         groups.setdefault((run.setting, json.dumps(run.run.config["objective"], sort_keys=True)), []).append(run)
@@ -179,7 +193,7 @@ def _row(members: list[Finished], controls: dict[tuple[str, int], Finished], dis
     for key in ("student_nll", "forward_kl", "top1_agreement", "student_ece", "student_bits_per_byte"):
         values = [member.summary[f"eval/{key}"] for member in members if f"eval/{key}" in member.summary]
         row |= _with_interval(key, values)
-    gaps = [_gap_of(member, controls.get((member.setting_of_control, member.seed))) for member in members if not member.is_control]
+    gaps = [_gap_of(member, controls.get((member.of_control, member.seed))) for member in members if not member.is_control]
     return row | _with_interval("gap_closed", [gap for gap in gaps if gap is not None])
 
 

@@ -201,7 +201,7 @@ def update_model_cards(e: Evaluation, folder: Path) -> None:
         if not file.is_file():
             continue
         card = file.read_bytes().decode(errors="replace")
-        text = with_evaluation(card, config.data, config.teacher.kind, found.summary, len(e.held_out))
+        text = with_evaluation(card, config.data, config.teacher.kind, found.summary, len(e.held_out), config.evaluation)
         if text is None or "\ufffd" in card:
             logger.warning("%s: stays as it is, since it is not the model card that was written there", file)
         elif (file.parent / MANIFEST).exists():

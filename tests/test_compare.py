@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import asdict
@@ -22,13 +23,14 @@ MakeRun = Callable[..., Path]
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> MakeRun:
-    """`make_run(name, nll, seed=0, kl_weight=0.5, **settings)`: a folder with a configuration and figures."""
+    """`make_run(name, nll, seed=0, kl_weight=0.5, max_steps=100, **teacher)`: a folder with a configuration and figures."""
 
     def build(name: str, nll: float | None, seed: int = 0, kl_weight: float = 0.5, teacher_nll: float = 2.0, **settings: Any) -> Path:
         folder = tmp_path / name
         folder.mkdir()
         config = Config(seed=seed, output_dir=str(folder), objective=ObjectiveConfig(kl_weight=kl_weight, ce_weight=1 - kl_weight))
-        config.trainer.max_steps = settings.get("max_steps", 100)
+        config.trainer.max_steps = settings.pop("max_steps", 100)
+        config.teacher = dataclasses.replace(config.teacher, **settings)
         (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config)))
         (folder / "status.json").write_text(json.dumps({"state": "finished" if nll is not None else "running", "step": 1}))
         if nll is not None:
@@ -64,6 +66,32 @@ def test_a_control_of_other_settings_or_another_seed_is_none(make_run: MakeRun) 
         [str(make_run("a", 3.5)), str(make_run("longer", 4.0, kl_weight=0.0, max_steps=200)), str(make_run("seed", 4.0, 3, 0.0))]
     )
     assert all("gap_closed" not in row for row in rows) and len(rows) == 3
+
+
+def test_where_the_targets_came_from_makes_no_difference_to_a_control(make_run: MakeRun) -> None:
+    """Runs on caches of several kinds had no control: theirs was trained beside the live teacher, whose targets it does not use."""
+    cached = {"cache_dir": "caches/topk", "cache_kind": "topk", "cache_k": 8}
+    live, topk, control = compare([str(make_run("a", 3.5)), str(make_run("b", 3.6, **cached)), str(make_run("c", 4.0, kl_weight=0.0))])
+    assert (live["gap_closed"], topk["gap_closed"]) == (0.25, pytest.approx(0.2))
+    assert live["runs"] != topk["runs"] and "gap_closed" not in control
+
+
+CACHED = {"kind": "cached", "cache_dir": "caches/a"}
+
+
+@pytest.mark.parametrize(
+    ("of_run", "of_control"),
+    [
+        ({}, {"kind": "hf", "path": "other"}),
+        ({}, {"revision": "abc"}),
+        ({}, {"dtype": "bfloat16"}),
+        (CACHED, CACHED | {"cache_dir": "caches/b"}),
+    ],
+)
+def test_a_control_beside_another_teacher_is_none(make_run: MakeRun, of_run: dict[str, str], of_control: dict[str, str]) -> None:
+    """A student has its teacher's tokenizer and can begin with its layers; which teacher a cache alone stands for, only the cache says."""
+    rows = compare([str(make_run("a", 3.5, **of_run)), str(make_run("c", 4.0, kl_weight=0.0, **of_control))])
+    assert all("gap_closed" not in row for row in rows)
 
 
 def test_one_seed_gets_no_interval_and_the_table_says_so(make_run: MakeRun) -> None:
@@ -122,6 +150,15 @@ def test_the_command_prints_a_table_and_writes_the_rows(make_run: MakeRun, tmp_p
 def test_an_objective_reads_as_its_weights() -> None:
     plain = asdict(ObjectiveConfig(kl_weight=0.9, ce_weight=0.0, divergence="mine.my_kl", temperature=2.0, terms={"jsd": {"weight": 0.5}}))
     assert objective_text(plain) == "0.9 my_kl + 0.5 jsd, T = 2"
+
+
+@pytest.mark.parametrize(
+    ("weights", "text"),
+    [((1.0, 0.0), "forward_kl"), ((2.0, 0.0), "2 forward_kl"), ((1.0, 1.0), "1 forward_kl + 1 ce"), ((0.0, 1.0), "ce (control)")],
+)
+def test_a_single_term_needs_no_weight(weights: tuple[float, float], text: str) -> None:
+    """The 1 of `1 forward_kl`, behind the number of a run, read as if it were that of run 1."""
+    assert objective_text(asdict(ObjectiveConfig(kl_weight=weights[0], ce_weight=weights[1]))) == text
 
 
 def test_control_trains_the_same_student_without_the_teacher(tiny_command: list[str], tmp_path: Path) -> None:

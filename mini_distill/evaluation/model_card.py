@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..config import Config, DataConfig, TeacherConfig
+from ..config import Config, DataConfig, FullEvaluationConfig, TeacherConfig
 from ..redaction import redact_text
 from ..storage import atomic_write_text
 from .samples import Sample, printable
@@ -77,7 +77,9 @@ BEGIN, END = "<!-- measured: python -m mini_distill.evaluate rewrites what follo
 """Around figures and limits. No text of models, data or settings can hold them, since theirs is escaped."""
 
 
-def with_evaluation(card: str, data: DataConfig, teacher_kind: str, summary: Mapping[str, Any], held_out_sequences: int) -> str | None:
+def with_evaluation(
+    card: str, data: DataConfig, teacher_kind: str, summary: Mapping[str, Any], held_out_sequences: int, evaluation: FullEvaluationConfig
+) -> str | None:
     """A model card whose figures and limits are those of a run that has been evaluated; all else in it stays, whoever wrote it.
 
     Args:
@@ -86,6 +88,7 @@ def with_evaluation(card: str, data: DataConfig, teacher_kind: str, summary: Map
         teacher_kind: Of its teacher.
         summary: The run's figures, with those of its evaluation.
         held_out_sequences: Size of the held-out text.
+        evaluation: How it was evaluated.
 
     Returns:
         The new text; None where the card has no such part, or is none that the hub could read.
@@ -98,7 +101,7 @@ def with_evaluation(card: str, data: DataConfig, teacher_kind: str, summary: Map
     _, end, after = rest.partition(END)
     if not begin or not end:
         return None
-    found.text = before + _measured(data, teacher_kind, summary, held_out_sequences, evaluated=True) + after
+    found.text = before + _measured(data, teacher_kind, summary, held_out_sequences, evaluation) + after
     metadata: Any = found.data  # its attributes are what the card's header has
     metadata.eval_results = list(_eval_results(data, summary))
     metadata.model_name = metadata.model_name or "student"
@@ -225,27 +228,43 @@ def _data_name(data: DataConfig) -> str:
 
 
 def _measured(
-    data: DataConfig, teacher_kind: str, summary: Mapping[str, Any], held_out_sequences: int | None, evaluated: bool = False
+    data: DataConfig,
+    teacher_kind: str,
+    summary: Mapping[str, Any],
+    held_out_sequences: int | None,
+    evaluation: FullEvaluationConfig | None = None,
 ) -> str:
     """Figures, tasks and limits, between the marks by which `with_evaluation` finds them again."""
-    sections = [*_figures(summary, evaluated), *_tasks(summary), *_limits(data, teacher_kind, summary, held_out_sequences)]
+    sections = [*_figures(summary, evaluation), *_tasks(summary, evaluation), *_limits(data, teacher_kind, summary, held_out_sequences)]
     return "\n\n".join([BEGIN, *sections, END])
 
 
-def _figures(summary: Mapping[str, Any], evaluated: bool) -> Iterator[str]:
+def _figures(summary: Mapping[str, Any], evaluation: FullEvaluationConfig | None) -> Iterator[str]:
     yield "## Figures"
     yield markdown_table(summary)
-    speed = "Speed and memory were measured" if evaluated else "Reading speed was measured"
+    speed = "Reading speed was measured" if evaluation is None else "Speed and memory were measured"
     yield (
         "KL is KL(teacher‖student) in nats per token at temperature 1. The calibration error is the expected calibration error of the "
-        f"most probable token (15 bins). {speed} on the machine that {'evaluated' if evaluated else 'trained'} the student."
+        f"most probable token (15 bins). {speed} on the machine that {'trained' if evaluation is None else 'evaluated'} the student."
+        f"{_written(summary, evaluation)}"
     )
 
 
-def _tasks(summary: Mapping[str, Any]) -> Iterator[str]:
+def _written(summary: Mapping[str, Any], evaluation: FullEvaluationConfig | None) -> str:
+    """How the texts were written whose repetition is among the figures: samples in the card may have been written otherwise."""
+    if evaluation is None or "text/student_repetition" not in summary:
+        return ""
+    how = f"sampled at temperature {evaluation.sampling_temperature:g}" if evaluation.sampling_temperature else "greedy"
+    return f" Repetition and distinct tokens are those of {how} generations."
+
+
+def _tasks(summary: Mapping[str, Any], evaluation: FullEvaluationConfig | None) -> Iterator[str]:
     if scores_of_tasks(summary):
         yield "## Tasks"
         yield markdown_tasks(summary, escape)
+        if evaluation is not None and evaluation.task_limit:
+            harness = "; of lm-evaluation-harness the first" if evaluation.tasks else ""
+            yield f"Of each task at most {evaluation.task_limit} items were done, drawn with the seed{harness}."
 
 
 def _samples(facts: CardFacts) -> Iterator[str]:

@@ -67,9 +67,6 @@ def count(value: float) -> str:
     return f"{value:.0f}"
 
 
-LOSS = _of_each("loss (nats per token)", "nll", decimals(3))
-"""On a page; a terminal's table has its perplexity alone."""
-
 OWN_SIZE = "model/student_parameters"
 ROWS = (
     _of_each("perplexity", "perplexity", decimals(2)),
@@ -163,8 +160,10 @@ FROM_HALF = "_from_half"
 
 def _task_cells(summary: Mapping[str, Any], spelt: Callable[[str], str]) -> list[list[list[str]]]:
     """Two tables, or the one of which there is something: tasks to be right in, and preferences for stereotypes."""
-    parts = [key.rpartition("/") for key in summary if key.startswith(TASKS)]
-    tasks = sorted({task for task, _, model in parts if model in ("teacher", "student")})  # a task before its groups
+    found = {
+        task for key in summary if key.startswith(TASKS) for task, _, model in [key.rpartition("/")] if model in ("teacher", "student")
+    }
+    tasks = sorted(found, key=lambda task: task.split("/"))  # each over all its items, then its groups
     models = [name for name in ("teacher", "student") if any(f"{task}/{name}" in summary for task in tasks)]
     stereotypes = [task for task in tasks if any(f"{task}/{name}{FROM_HALF}" in summary for name in models)]
     right = [task for task in tasks if task not in stereotypes]

@@ -71,7 +71,7 @@ class Chart:
     Attributes:
         title: Above it.
         x_label: Of the axis, with its unit.
-        y_label: Of the axis, with its unit.
+        y_label: Of the axis, with its unit; in two lines where one would be longer than the axis.
         series: At least one point among them; the first is drawn on top.
         keys: The keys of the files that it is made from.
         levels: (name, y, style): horizontal lines.
@@ -311,7 +311,8 @@ def _short(text: str, longest: int) -> str:
 
 def _in_words(chart: Chart) -> str:
     """For who does not see it."""
-    parts = [f"{chart.title}: {chart.y_label} against {chart.x_label}."]
+    y_label = ", ".join(chart.y_label.splitlines())
+    parts = [f"{chart.title}: {y_label} against {chart.x_label}."]
     for series in [s for s in chart.series if s.points][:MOST_LABELS]:
         values = [y for _, y in series.points]
         if series.line and len(values) > 1:

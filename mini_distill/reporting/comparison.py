@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from ..compare import NOT_COMPARED, NOT_OF_A_CONTROL, against_control, has_teacher_signal, interval, objective_text
+from ..compare import against_control, has_teacher_signal, interval, objective_text, shared_with_control
 from ..evaluation.table import percent
 from .charts import MOST_POINTS, Chart, Drawing, Series, draw, thinned
-from .figures import Cell, Figure, Numbered, Table, better, count_text, factor, figure, signed_free, text_of, times
+from .figures import Cell, Figure, Numbered, Table, better, count_text, factor, figure, signed_free, text_of
 from .measured import Measured, finite, leaves
-from .run_page import CURVES, FEWEST_POINTS, NOT_TRAINING_LOSS, has_objective
+from .run_page import CURVES, FEWEST_POINTS, NOT_TRAINING_LOSS, ends_alone, has_objective
 from .settings import WHERE_IT_RAN, differing, shown_apart
 
 COLOURS = 8
@@ -36,12 +36,16 @@ QUALITIES = (
     ("calibration error", "eval/student_ece"),
     ("gap closed", GAP),
 )
+SPEEDS = ("perf/student_tokens_per_second", "perf/teacher_tokens_per_second")
+WRITING = ("perf/student_generation_tokens_per_second", "perf/teacher_generation_tokens_per_second")
 COSTS = (
-    ("parameters", "model/student_parameters"),
-    ("reading speed", "perf/student_tokens_per_second"),
-    ("writing speed", "perf/student_generation_tokens_per_second"),
-    ("steps", "train/steps"),
+    ("parameters", ("model/student_parameters",)),
+    ("reading speed ÷ teacher's", SPEEDS),
+    ("writing speed ÷ teacher's", WRITING),
+    ("steps", ("train/steps",)),
 )
+"""Of two figures the ratio: a machine is not equally busy for all runs, but teacher and student of one were timed in turns."""
+Metric = tuple[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,11 @@ class Group:
     members: tuple[Measured, ...]
     controls: tuple[Measured | None, ...] = ()
     label: str = ""
+
+    @property
+    def numbered(self) -> Numbered:
+        """What it is called, with its number and colour."""
+        return Numbered(self.number, self.label or self.name, self.style)
 
     @property
     def is_control(self) -> bool:
@@ -117,6 +126,11 @@ class Group:
         return Figure(text(fmean(values)), " ".join(keys), fmean(values), "\n".join(places), _spread(keys[0], values, text), half)
 
 
+def quotient(above: float, below: float) -> float:
+    """One figure over another; 0 where there is none."""
+    return above / below if below else 0.0
+
+
 def _is_of_a_control_apart(run: Measured, key: str) -> bool:
     """Whether a figure of the control is not the run's own."""
     return key.startswith("control/") and "control/student_nll" not in run.summary
@@ -138,8 +152,7 @@ def _spread(key: str, values: Sequence[float], text: Callable[[float], str]) -> 
 def grouped(runs: Sequence[Measured]) -> list[Group]:
     """Runs of the same settings but for the seed together, in the order in which they were given."""
     by_settings: dict[str, list[Measured]] = {}
-    ignored = (*NOT_COMPARED, *(f"teacher.{key}" for key in NOT_OF_A_CONTROL))
-    controls = {_but_for(run, ignored) + str(run.seed): run for run in runs if _is_control(run)}
+    controls = {_paired_by(run): run for run in runs if _is_control(run)}
     for run in runs:
         own = str(run.path.resolve()) if not run.is_training else _but_for(run, ("seed", *WHERE_IT_RAN, "control"))
         by_settings.setdefault(own, []).append(run)
@@ -148,7 +161,7 @@ def grouped(runs: Sequence[Measured]) -> list[Group]:
             i,
             common_name([member.name for member in members]),
             tuple(members),
-            tuple(controls.get(_but_for(run, ignored) + str(run.seed)) if not _is_control(run) else None for run in members),
+            tuple(controls.get(_paired_by(run)) if not _is_control(run) else None for run in members),
         )
         for i, members in enumerate(by_settings.values(), start=1)
     ]
@@ -180,6 +193,11 @@ def _but_for(run: Measured, keys: Sequence[str]) -> str:
     return json.dumps(kept, sort_keys=True, default=str)
 
 
+def _paired_by(run: Measured) -> str:
+    """What a run and its control have in common."""
+    return shared_with_control(run.config) + str(run.seed)
+
+
 def _is_control(run: Measured) -> bool:
     return has_objective(run.config) and not has_teacher_signal(run.config["objective"])
 
@@ -195,7 +213,8 @@ def overview(groups: Sequence[Group], factors: Mapping[str, Sequence[str]] | Non
         factors: Columns of their own, which say enough to tell the groups apart: what was swept -> its value in each group.
         first: A metric that is shown before the others, whether or not it is one of the usual.
     """
-    metrics = [*([(label_of(first), first)] if first else []), *(pair for pair in QUALITIES if pair[1] != first)]
+    keys = dict.fromkeys([*([first] if first else []), *(key for _, key in QUALITIES)])
+    metrics: list[Metric] = [(label_of(key), (key,)) for key in keys]
     several = any(len(group.members) > 1 for group in groups)
     note = "± is half a 95 % confidence interval over seeds (Student's t)." if several else "One seed each: no error bars."
     return _side_by_side(groups, f"↓ lower is better, ↑ higher is better. {note}", metrics, factors or {}, arrows=True)
@@ -203,66 +222,42 @@ def overview(groups: Sequence[Group], factors: Mapping[str, Sequence[str]] | Non
 
 def costs(groups: Sequence[Group], factors: Mapping[str, Sequence[str]] | None = None) -> Table | None:
     """What the students of all groups cost, and the teacher; None where nothing of it was measured."""
-    timed = any(group.values(key) for group in groups for _, key in COSTS if key.startswith("perf/"))
+    timed = any(_of_group(group, keys) for group in groups for keys in (SPEEDS, WRITING))
     several = any(len(group.members) > 1 for group in groups)
-    note = "Speeds are over the teacher's, which each run timed in turn with its student" if timed else "What was counted"
+    note = "What was counted"
+    note += "; of speeds the ratio, since each run timed its student and its teacher in turns" if timed else ""
     note += "; below a mean over seeds the lowest and the highest." if timed and several else "."
-    table = _side_by_side(groups, note, COSTS, factors or {}, shown=_over_the_teacher)
+    table = _side_by_side(groups, note, COSTS, factors or {})
     return table if any(isinstance(cell, Figure) for row in table.rows for cell in row) else None
 
 
 def _side_by_side(
-    groups: Sequence[Group],
-    note: str,
-    metrics: Sequence[tuple[str, str]],
-    factors: Mapping[str, Sequence[str]],
-    arrows: bool = False,
-    shown: Callable[[Group, str], Figure | None] = Group.figure,
+    groups: Sequence[Group], note: str, metrics: Sequence[Metric], factors: Mapping[str, Sequence[str]], arrows: bool = False
 ) -> Table:
-    metrics = [(label, key) for label, key in metrics if any(shown(group, key) for group in groups)]
+    metrics = [(label, keys) for label, keys in metrics if any(_of_group(group, keys) for group in groups)]
     several = any(len(group.members) > 1 for group in groups)
-    names = [f"{label}{better(key)}" if arrows else label for label, key in metrics]
+    names = [f"{label}{better(keys[0])}" if arrows else label for label, keys in metrics]
     header = ["run", *map(last_part, factors), *names, *(["seeds"] if several else [])]
     rows: list[list[Cell]] = []
     for i, group in enumerate(groups):
         values: list[Cell] = [of_groups[i] for of_groups in factors.values()]
-        figures = [shown(group, key) for _, key in metrics]
+        figures = [_of_group(group, keys) for _, keys in metrics]
         seeds: list[Cell] = [group.seeds] if several else []
-        rows.append([Numbered(group.number, "" if factors else group.label or group.name, group.style), *values, *figures, *seeds])
-    if teacher := _teacher_row(groups, [key for _, key in metrics]):
+        rows.append([replace(group.numbered, name="") if factors else group.numbered, *values, *figures, *seeds])
+    if teacher := _teacher_row(groups, [keys for _, keys in metrics]):
         rows.append(["teacher", *[""] * len(factors), *teacher, *([""] if several else [])])
     return Table(note, header, rows)
 
 
-def _over_the_teacher(group: Group, key: str) -> Figure | None:
-    """A figure; a speed as a factor of the teacher's in the same run, since no two runs find a machine equally busy."""
-    if not key.startswith("perf/"):
-        return group.figure(key)
-    return group.made((key, key.replace("student_", "teacher_")), lambda student, teacher: student / teacher, times)
-
-
-def lead(group: Group, others: Sequence[Group], key: str) -> str:
-    """How far the best of all is ahead of the next, whose figure is in the table too, and what is to be said against it."""
-    best = group.mean(key)
-    rest = [abs(mean - best) for other in others if other is not group and (mean := other.mean(key)) is not None and best is not None]
-    if not rest:
-        return ""
-    spreads = [found.half for one in (group, *others) if (found := one.figure(key)) is not None and found.half is not None]
-    doubt = (
-        ", which one seed cannot tell from chance" if not spreads else ", less than the seeds differ" if min(rest) < max(spreads) else ""
-    )
-    ahead = text_of(key, min(rest))
-    return f", ahead of the next by {ahead}{doubt}" if re.search("[1-9]", ahead) else ", level with the next"
-
-
-def unit_of(key: str) -> str:
-    """What stands behind a figure that has no unit of its own: nats per token of losses and divergences."""
-    return " nats per token" if key.endswith(("_nll", "_kl")) else ""
+def _of_group(group: Group, keys: tuple[str, ...]) -> Figure | None:
+    """A figure of it, or the ratio of two."""
+    return group.figure(keys[0]) if len(keys) == 1 else group.made(keys, quotient, factor)
 
 
 def label_of(key: str) -> str:
     """What a metric is called."""
-    return next((label for label, known in (*QUALITIES, *COSTS) if known == key), key)
+    known: list[Metric] = [*((label, (key,)) for label, key in QUALITIES), *COSTS]
+    return next((label for label, keys in known if keys == (key,)), key)
 
 
 def last_part(key: str) -> str:
@@ -270,12 +265,12 @@ def last_part(key: str) -> str:
     return key.rpartition(".")[2]
 
 
-def _teacher_row(groups: Sequence[Group], keys: Sequence[str]) -> list[Figure | None] | None:
-    own = [key.replace("student_", "teacher_") for key in keys]
+def _teacher_row(groups: Sequence[Group], keys: Sequence[tuple[str, ...]]) -> list[Cell] | None:
+    own = [key.replace("student_", "teacher_") for key, *_ in keys]
     first = next((member for group in groups for member in group.members if member.summary), groups[0].members[0])
     of_each = {member.value("eval/teacher_nll") for group in groups for member in group.members if member.summary}
-    found = [figure(first, name) if name != key and not key.startswith("perf/") else None for name, key in zip(own, keys, strict=True)]
-    cells = [None if shown is None else replace(shown, of=first.place) for shown in found]
+    found = [figure(first, name) if (name,) != key and len(key) == 1 else None for name, key in zip(own, keys, strict=True)]
+    cells: list[Cell] = [None if shown is None else replace(shown, of=first.place) for shown in found]
     return cells if any(cells) and len(of_each) == 1 else None
 
 
@@ -288,9 +283,8 @@ def text_differs(groups: Sequence[Group]) -> bool:
 def settings_that_differ(groups: Sequence[Group]) -> Table | None:
     """The settings in which the groups differ."""
     found = {key: values for key, values in differing([group.members[0] for group in groups]).items() if key not in ("seed", "control")}
-    names = [Numbered(group.number, group.label or group.name, group.style) for group in groups]
     rows: list[list[Cell]] = [[key, *_settings(values)] for key, values in found.items()]
-    return Table("Settings that differ", ["setting", *names], rows, numeric=False) if rows else None
+    return Table("Settings that differ", ["setting", *(group.numbered for group in groups)], rows, numeric=False) if rows else None
 
 
 def _settings(values: Sequence[Any]) -> list[Cell]:
@@ -366,11 +360,10 @@ def overlaid(groups: Sequence[Group]) -> list[Drawing]:
                 points, _ = thinned(member.curve(key), MOST_POINTS if group.number <= COLOURS else FEWER_POINTS)
                 if len(points) >= FEWEST_POINTS:
                     name = ": ".join(filter(None, (str(group.number), group.label))) if group.number <= COLOURS else "others"
-                    series.append(Series(name, points, group.style))
+                    series.append(Series(name, points, group.style, marks=None if group.number <= COLOURS else False))
         teachers = [group.mean(own) for name, own in level_keys if name == "teacher" for group in groups]
         levels = [("teacher", value, "teacher") for value in teachers if value is not None][:1]
         if len(series) >= FEWEST_POINTS:
-            text = percent if unit == "share of tokens" else signed_free
-            note = "Measured before and after training only." if all(len(one.points) == FEWEST_POINTS for one in series) else ""
+            text, note = percent if unit == "share of tokens" else signed_free, ends_alone(series)
             drawn.append(draw(Chart(title, "optimizer step", unit, series, key, levels, x_text=count_text, y_text=text, note=note)))
     return drawn

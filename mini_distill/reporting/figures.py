@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..evaluation.table import COLUMNS, LOSS, ROWS, count, decimals, percent
+from ..evaluation.table import COLUMNS, ROWS, Row, count, decimals, percent
 from ..storage import size_text
 from .measured import Measured, finite
 
@@ -16,6 +16,8 @@ MODELS = ("student", "teacher")  # in this order on the whole page: a narrow scr
 PAGE_COLUMNS = (3, 2, 0, 1)  # of a table of keys: student after, control, teacher, student before; the first are what a narrow screen shows
 HIGHER_IS_BETTER = re.compile(r"agreement|correlation|gap_closed|kl_reduction|tokens_per_second|distinct|^task/(?!.*from_half)")
 NOT_FINITE = "not finite"
+LOSS = Row("loss (nats per token)", ("eval/teacher_nll", "before/student_nll", "control/student_nll", "eval/student_nll"), decimals(3))
+"""What the answers on the page are in; a terminal has it as perplexity alone."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,14 @@ class Table:
         header: Names of the columns.
         rows: Of cells; None is shown as a dash.
         numeric: Whether the cells behind the first are numbers, set flush right.
+        note: What is to be said of it, below it.
     """
 
     caption: str
     header: Sequence[Cell]
     rows: Sequence[Sequence[Cell]]
     numeric: bool = True
+    note: str = ""
 
 
 def seconds(value: float) -> str:
@@ -94,9 +98,9 @@ BY_ENDING: tuple[tuple[tuple[str, ...], Callable[[float], str]], ...] = (
     (("gap_closed", "kl_reduction", "_agreement", "_ece"), percent),
     (("_nll", "_kl", "_bits_per_byte", "rank_correlation"), decimals(3)),
     (("_seconds", "_time_to_first_token", "train/seconds"), seconds),
-    (("_parameters", "tokens_seen", "_tokens", "/tokens"), count),
+    (("_parameters", "tokens_seen", "/tokens"), count),
     (("_bytes",), size_text),
-    (("/steps",), count_text),
+    (("/steps", "_supervised_tokens"), count_text),
 )
 
 
@@ -131,6 +135,11 @@ def ratio(found: Measured, above: str, below: str, text: Callable[[float], str])
     return Figure(text(top / bottom), f"{above} {below}", top / bottom)
 
 
+def unit_of(key: str) -> str:
+    """In what a metric is measured, where its figures do not say it themselves."""
+    return "nats per token" if key.endswith(("_nll", "_kl")) else ""
+
+
 def points(value: float) -> str:
     """How far two shares are apart: 4.7 points."""
     return f"{100 * abs(value):.1f} points"
@@ -153,16 +162,21 @@ def columns_of(found: Measured, keys: Sequence[Sequence[str]]) -> list[int]:
 
 def figures_table(found: Measured) -> Table | None:
     """Teacher, student before, control and student after, as at the end of a run; what costs are in a table of their own."""
-    rows = [
-        row for row in (LOSS, *ROWS) if any(key.startswith("eval/") for key in row.keys) and any(key in found.summary for key in row.keys)
-    ]
+    known = [row for row in (LOSS, *ROWS) if any(key.startswith("eval/") for key in row.keys)]
+    rows = [row for row in known if any(key in found.summary for key in row.keys)]
     if not rows:
         return None
     own = columns_of(found, [row.keys for row in rows])
     shown = [i for i in PAGE_COLUMNS if i in own]
     titles: Any = COLUMNS if 1 in shown else (*COLUMNS[:3], "student")
-    cells = [[f"{row.label}{better(row.keys[-1])}", *(figure(found, row.keys[i]) for i in shown)] for row in rows]
+    cells = [[f"{_label(found, row)}{better(row.keys[-1])}", *(figure(found, row.keys[i]) for i in shown)] for row in rows]
     return Table("On held-out text: ↓ lower is better, ↑ higher is better", ["", *(titles[i] for i in shown)], cells)
+
+
+def _label(found: Measured, row: Row) -> str:
+    """With the number that k was."""
+    k = (found.evaluator.get("evaluation") or {}).get("top_k")
+    return row.label.replace("top-k", f"top-{k}") if k else row.label
 
 
 def better(key: str) -> str:

@@ -42,6 +42,7 @@ class Measured:
         details: `reliability`, `slices`, `differences`, `samples`, as far as they are there.
         evaluation: What was taken from the `evaluation` folder of a run and what was not, in words, or "".
         is_evaluated: Whether anything was.
+        evaluator: The settings of the `evaluate` that measured it; empty where none did.
     """
 
     path: Path
@@ -52,6 +53,7 @@ class Measured:
     details: dict[str, Any] = field(default_factory=dict)
     evaluation: str = ""
     is_evaluated: bool = False
+    evaluator: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -126,8 +128,9 @@ def open_measured(path: Path) -> Measured:
     if not is_measured(path):
         raise ConfigError(str(path), "neither a run nor an evaluation (no status.json, summary.json or config.yaml)", "Give an output_dir.")
     summary, details = read_object(path / "summary.json"), _details(path / "details.json")
-    found = Measured(path, _settings(path / "config.yaml"), _status(path), summary, read_rows(path / "metrics.jsonl"), details)
-    return _with_evaluation(found)
+    config, rows = _settings(path / "config.yaml"), read_rows(path / "metrics.jsonl")
+    evaluator = {} if "trainer" in config else config
+    return _with_evaluation(Measured(path, config, _status(path), summary, rows, details, evaluator=evaluator))
 
 
 def check_something_is_measured(found: Measured) -> None:
@@ -165,7 +168,8 @@ def _with_evaluation(run: Measured) -> Measured:
         its_own, of_it = ("no" if size is None else f"{size:,.0f}" for size in tokens)
         note = "Speed, tasks and samples are those of evaluation/. "
         note += f"On held-out text it measured {of_it} tokens and the run {its_own}: figures there are the run's alone."
-    return replace(run, summary=run.summary | further, details=run.details | details, evaluation=note, is_evaluated=True)
+    taken = replace(run, summary=run.summary | further, details=run.details | details, evaluation=note, is_evaluated=True)
+    return replace(taken, evaluator=_settings(folder / "config.yaml"))
 
 
 def _why_not(run: Measured, folder: Path) -> str:

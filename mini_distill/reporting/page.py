@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from .. import __version__
 from ..evaluation.printable import printable
 from . import close_look, comparison, run_page, sweep, task_tables, verdict
-from .figures import Figure, Numbered, Table, figures_table
+from .figures import Figure, Numbered, Table, figures_table, unit_of
 from .measured import Measured
 from .settings import settings_tables
 
@@ -22,6 +23,11 @@ MOST_COLUMNS = 4  # of swept settings in the ranking; where there are more, the 
 def shown_text(value: Any) -> Any:
     """Whatever a template shows: text of models and data with its control characters spelt out. Escaping is the environment's."""
     return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def breakable(path: str) -> Markup:
+    """The path of a setting, escaped, that goes on in the next line behind a dot or an underscore and not within a word."""
+    return Markup(re.sub(r"([._])(?=\w)", r"\1<wbr>", str(escape(printable(path)))))
 
 
 @cache
@@ -37,6 +43,7 @@ def environment() -> Environment:
     )
     made.tests["figure"] = lambda value: isinstance(value, Figure)
     made.tests["numbered"] = lambda value: isinstance(value, Numbered)
+    made.filters["breakable"] = breakable
     made.globals["version"] = __version__
     return made
 
@@ -61,10 +68,13 @@ def page_of_run(found: Measured) -> str:
             efficiency=efficiency,
             tasks=tasks,
             generations=generations,
+            held_out=run_page.held_out(found),
+            drawn_items=run_page.drawn_items(found),
+            decoding=run_page.decoding(found),
+            threads=run_page.threads(found),
             curves=run_page.curves(found),
             reliability=close_look.reliability(found),
             slices=close_look.slices(found),
-            top_k=(found.config.get("evaluation") or {}).get("top_k"),
             differences=close_look.differences(found),
             heat=close_look.HEAT,
             samples=close_look.samples(found),
@@ -79,16 +89,15 @@ def page_of_run(found: Measured) -> str:
 def page_of_several(runs: Sequence[Measured]) -> str:
     """Runs beside each other."""
     groups = comparison.grouped(runs)
-    leader = min(
-        (group for group in groups if group.values(sweep.BY_DEFAULT)), key=lambda group: group.mean(sweep.BY_DEFAULT) or 0.0, default=None
-    )
+    known = (group for group in groups if group.values(sweep.BY_DEFAULT))
+    ranked = sorted(known, key=lambda group: group.mean(sweep.BY_DEFAULT) or 0.0)
     return _page_of_groups(
         groups,
         title=f"{len(runs)} runs",
         sweep=None,
-        leader=leader,
-        best=leader.figure(sweep.BY_DEFAULT) if leader is not None else None,
-        ahead=comparison.lead(leader, groups, sweep.BY_DEFAULT) if leader is not None else "",
+        leader=ranked[0] if ranked else None,
+        best=ranked[0].figure(sweep.BY_DEFAULT) if ranked else None,
+        margin=verdict.margin(ranked, sweep.BY_DEFAULT),
         answers=verdict.answers_of_groups(groups),
         overview=comparison.overview(groups),
         costs=comparison.costs(groups),
@@ -105,8 +114,8 @@ def page_of_sweep(found: sweep.Sweep) -> str:
         sweep=found,
         best=found.best.figure(found.metric),
         metric=comparison.label_of(found.metric),
-        unit=comparison.unit_of(found.metric),
-        ahead=comparison.lead(found.best, found.groups, found.metric),
+        unit=unit_of(found.metric),
+        margin=verdict.margin(found.groups, found.metric),
         answers=verdict.answers_of_groups([found.best]),
         best_settings=", ".join(f"{key} = {values[0]}" for key, values in columns.items()),
         overview=comparison.overview(found.groups, columns, first=found.metric),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
@@ -12,7 +12,7 @@ from ..compare import has_teacher_signal, objective_text
 from ..evaluation.table import percent
 from .charts import Chart, Drawing, Series, draw, thinned
 from .figures import MODELS, Cell, Figure, Table, count_text, factor, figure, ratio, signed_free, times
-from .measured import Measured
+from .measured import Measured, finite
 from .places import short_path, without_paths
 from .settings import shown
 
@@ -102,7 +102,8 @@ NOT_TRAINING_LOSS = (
     ("KL to the teacher", "nats per token", (("eval/forward_kl", "student"),), (("control", "control/forward_kl"),)),
     ("Top-1 agreement", "share of tokens", (("eval/top1_agreement", "student"),), (("control", "control/top1_agreement"),)),
 )
-CURVES = (*NOT_TRAINING_LOSS, ("Training loss", "loss", (("train/loss", "student"),), ()))
+TRAINING_LOSS = "Training loss"
+CURVES = (*NOT_TRAINING_LOSS, (TRAINING_LOSS, "objective", (("train/loss", "student"),), ()))
 
 
 def curves(found: Measured) -> list[Drawing]:
@@ -117,16 +118,25 @@ def curves(found: Measured) -> list[Drawing]:
                 sizes.add(size)
         levels = [(name, value, name) for name, key in level_keys if (value := _level(found, key)) is not None]
         if series:
-            note = f"Each point is the mean of {max(sizes)} logged steps." if max(sizes) > 1 else ""
-            note = note or ("Dashed lines: final values." if levels else "")
-            if keys[0][0] == "train/loss" and has_objective(found.config):
-                note = (
-                    f"{objective_text(found.config['objective'])}, on the text of each step: not on the scale of the held-out loss. {note}"
-                )
+            notes = [f"Each point is the mean of {max(sizes)} logged steps." if max(sizes) > 1 else "", ends_alone(series)]
+            notes += ["Dashed lines: final values." if levels else "", _what_is_minimised(found) if title == TRAINING_LOSS else ""]
             text = percent if unit == "share of tokens" else signed_free
             every_key = " ".join(key for key, _ in (*keys, *((key, name) for name, key in level_keys)))
+            note = " ".join(filter(None, notes))
             drawn.append(draw(Chart(title, "optimizer step", unit, series, every_key, levels, y_text=text, x_text=count_text, note=note)))
     return drawn
+
+
+def ends_alone(series: Sequence[Series]) -> str:
+    """What a straight line through two measurements is."""
+    return "" if any(len(one.points) > FEWEST_POINTS for one in series) else "Measured only at the first and at the last step shown."
+
+
+def _what_is_minimised(found: Measured) -> str:
+    """Of a mixture of losses, that it is one: beside the held-out loss it looks like overfitting."""
+    if not has_objective(found.config) or not has_teacher_signal(found.config["objective"]):
+        return ""
+    return f"The objective, {objective_text(found.config['objective'])}: not on the scale of the held-out loss."
 
 
 def _level(found: Measured, key: str) -> float | None:
@@ -172,6 +182,42 @@ WRITTEN = {
     "distinct_1": "distinct tokens",
     "distinct_2": "distinct token pairs",
 }
+
+
+def held_out(found: Measured) -> str:
+    """How much text the figures are over."""
+    tokens, there = found.value("eval/tokens"), found.value("data/held_out_supervised_tokens")
+    if tokens is None:
+        return ""
+    of = f" of {there:,.0f}" if there is not None and tokens < there else ""
+    return f"Over {tokens:,.0f}{of} held-out tokens, on which nothing was trained."
+
+
+def drawn_items(found: Measured) -> str:
+    """Whether tasks were done in part."""
+    evaluation = found.evaluator.get("evaluation") or {}
+    limit, harness = evaluation.get("task_limit"), "; of lm-evaluation-harness the first" if evaluation.get("tasks") else ""
+    return f"Of each task at most {limit} items were done, drawn with the seed{harness} (evaluation.task_limit)." if limit else ""
+
+
+def decoding(found: Measured) -> str:
+    """How the samples were written."""
+    settings = (found.evaluator or found.config).get("evaluation") or {}
+    temperature = finite(settings.get("sampling_temperature"))
+    if temperature is None:
+        return ""
+    return (
+        f"Sampled at temperature {temperature:g}."
+        if temperature
+        else "Greedy: at each place the token that the model thinks the likeliest."
+    )
+
+
+def threads(found: Measured) -> str:
+    """How many of the machine's the times took, where that was settled."""
+    trained_with = None if found.evaluator else (found.config.get("trainer") or {}).get("num_threads")
+    number = found.evaluator.get("num_threads") or trained_with
+    return f" with num_threads = {number}" if number else ""
 
 
 def generations(found: Measured) -> Table | None:
@@ -256,7 +302,7 @@ def not_measured(found: Measured) -> Iterator[tuple[str, str]]:
     elif found.is_training and not has("control/student_nll"):
         yield "What the teacher was worth: the same student was not trained without it.", "control=true"
     if found.is_training and len(found.curve("eval/student_nll")) < 3:
-        yield "How the held-out figures developed: they were measured before and after training only.", "trainer.eval_every=…"
+        yield "How the held-out figures developed: they were measured only before and after training.", "trainer.eval_every=…"
     if not any(key.startswith("task/") for key in found.summary):
         yield "Tasks and bias.", f"{evaluate} 'evaluation.pairs={{…}}'"
     if not has("perf/student_generation_tokens_per_second"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,12 @@ def differing(runs: Sequence[Measured]) -> dict[str, list[Any]]:
     of_each = [{key: value for key, value in leaves(run.config) if not _covered(key)} for run in runs]
     keys = dict.fromkeys(key for settings in of_each for key in settings)
     values = {key: [settings.get(key) for settings in of_each] for key in keys}
-    return {key: row for key, row in values.items() if any(value != row[0] for value in row)}
+    return {key: row for key, row in values.items() if any(value != row[0] for value in row) and not _is_told_below(key, row, keys)}
+
+
+def _is_told_below(key: str, row: Sequence[Any], keys: Iterable[str]) -> bool:
+    """Whether a mapping is only empty or not, and what it holds where it is not has lines of its own."""
+    return all(value in (None, {}) for value in row) and any(other.startswith(f"{key}.") for other in keys)
 
 
 def _covered(key: str) -> bool:

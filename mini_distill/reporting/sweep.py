@@ -16,8 +16,8 @@ from ..evaluation.table import percent
 from ..overrides import GROUPS
 from ..sweep import how_it_ended, jobs_of
 from .charts import Chart, Drawing, Series, draw
-from .comparison import Group, grouped, label_of, unit_of
-from .figures import HIGHER_IS_BETTER, signed_free, text_of
+from .comparison import Group, grouped, label_of
+from .figures import HIGHER_IS_BETTER, signed_free, text_of, unit_of
 from .measured import Measured, finite, is_measured, open_measured
 from .places import place_of, without_paths
 from .settings import command_of, differing, preset_of, shown_apart, with_short_paths, written
@@ -249,7 +249,7 @@ def _effect(sweep: Sweep, factor: Factor) -> Drawing:
     metric = [group.mean(sweep.metric) or 0.0 for group in sweep.groups]
     titles = [f"{group.number} {group.name}: {text_of(sweep.metric, value)}" for group, value in zip(sweep.groups, metric, strict=True)]
     y_text = percent if text_of(sweep.metric, metric[0]).endswith("%") else signed_free
-    label = f"{label_of(sweep.metric)} (nats)" if unit_of(sweep.metric) else label_of(sweep.metric)
+    label = "\n".join(filter(None, (label_of(sweep.metric), unit_of(sweep.metric))))  # in one line it is longer than the axis
     names = [text for _, text in sorted(set(zip(factor.order, factor.values, strict=True)))]
     if len(names) > MOST_VALUES and factor.numbers:  # as a random search has them: no two alike, so there is nothing to average
         each = Series("each run", list(zip(factor.numbers, metric, strict=True)), "student", line=False, marks=True, titles=titles)

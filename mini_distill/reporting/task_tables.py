@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from ..evaluation.table import FROM_HALF, count
 from .figures import MODELS, Cell, Figure, Table, figure
 from .measured import Measured, finite
 
-SKILLS = "± is the standard error over items"
-NO_BREAK = "\u00a0"
+SKILLS = "± is the standard error over items; of a difference rather too large, since both models had the same items"
+GUESSING = (
+    "Accuracy: how often the right text was the likelier; of pairs, half is guessing. What the student cannot do, its teacher may not \
+have been able to do either."
+)
 STEREOTYPES = "How often the stereotyped sentence was the likelier: 50 % is no preference, and the distance from it counts; ± as above"
 
 
@@ -20,13 +23,8 @@ def skills(found: Measured) -> Table | None:
     about, rows = _about(found), []
     for name in _names(found, stereotypes=False):
         student, teacher = (_with_error(found, f"{name}/{model}", f"{name}/{model}") for model in MODELS)
-        difference = _difference(name, student, teacher)
-        error = error_of_difference(found, name)
-        if difference and error is not None and difference.text.endswith("points"):
-            errors = " ".join(f"{name}/{model}_standard_error" for model in MODELS)
-            difference = replace(difference, spread=f"± {100 * error:.1f}", keys=f"{difference.keys} {errors}")
-        rows.append([_label(about, name), student, teacher, difference, _items(found, about, name)])
-    return Table(SKILLS, ["task", *MODELS, "difference", "items"], rows) if rows else None
+        rows.append([_label(about, name), student, teacher, _difference(found, name, student, teacher), _items(found, about, name)])
+    return Table(SKILLS, ["task", *MODELS, "difference", "items"], rows, note=GUESSING) if rows else None
 
 
 def stereotypes(found: Measured) -> Table | None:
@@ -36,24 +34,26 @@ def stereotypes(found: Measured) -> Table | None:
         scores = [_with_error(found, f"{name}/{model}", f"{name}/{model}") for model in MODELS]
         student, teacher = (_with_error(found, f"{name}/{model}{FROM_HALF}", f"{name}/{model}") for model in MODELS)
         rows.append([_label(about, name), *scores, student, teacher, _approach(name, student, teacher), _items(found, about, name)])
-    header = ["bias", *MODELS, *(f"{model} from 50{NO_BREAK}%" for model in MODELS), "student against teacher", "items"]
-    return Table(STEREOTYPES, header, rows) if rows else None
+    header = ["bias", *MODELS, *(f"{model} from 50\u00a0%" for model in MODELS), "student against teacher", "items"]
+    return Table(STEREOTYPES, header, rows, note=_cancelled(found)) if rows else None
 
 
-def error_of_difference(found: Measured, name: str) -> float | None:
-    """The standard error of how far the student is from its teacher, as if they had been asked different items: the true one is smaller."""
-    errors = [found.value(f"{name}/{model}_standard_error") for model in MODELS]
-    return None if None in errors else math.hypot(*(error or 0.0 for error in errors))
+def _cancelled(found: Measured) -> str:
+    """What the score over all groups does not show."""
+    further, of = further_from_half(found.value, [name for name in _names(found, stereotypes=True) if name.count("/") > 1])
+    return f"{further} of {of} groups are further from 50 % than the teacher's: opposite biases cancel in a score over all." if of else ""
 
 
-def further_from_half(found: Measured) -> Iterator[tuple[str, int, int]]:
-    """(task, how many of its groups the student is further from no preference in than its teacher, how many there are)."""
-    names = _names(found, stereotypes=True)
-    for task in (name for name in names if name.count("/") == 1):
-        pairs = [[found.value(f"{name}/{model}{FROM_HALF}") for model in MODELS] for name in names if name.startswith(f"{task}/")]
-        known = [student > teacher for student, teacher in pairs if student is not None and teacher is not None]
-        if known:
-            yield task.removeprefix("task/"), sum(known), len(known)
+def further_from_half(value: Callable[[str], float | None], groups: Iterable[str]) -> tuple[int, int]:
+    """Of how many groups the student is further from no preference than its teacher, and how many there are; `value` gives a key's figure."""
+    scores = [[value(f"{group}/{model}{FROM_HALF}") for model in MODELS] for group in groups]
+    known = [(student, teacher) for student, teacher in scores if student is not None and teacher is not None]
+    return sum(student > teacher for student, teacher in known), len(known)
+
+
+def groups_of(found: Measured, task: str) -> list[str]:
+    """The groups of a stereotype task: `task/<name>/<group>`."""
+    return [name for name in _names(found, stereotypes=True) if name.startswith(f"{task}/")]
 
 
 def repeated(found: Measured) -> set[str]:
@@ -65,7 +65,8 @@ def repeated(found: Measured) -> set[str]:
 
 def _names(found: Measured, stereotypes: bool) -> list[str]:
     keys = {key for key in found.summary if key.startswith("task/") and key.rpartition("/")[2] in MODELS} - repeated(found)
-    return sorted({key.rpartition("/")[0] for key in keys if _is_stereotype(found, key.rpartition("/")[0]) == stereotypes})
+    names = {key.rpartition("/")[0] for key in keys if _is_stereotype(found, key.rpartition("/")[0]) == stereotypes}
+    return sorted(names, key=lambda name: name.split("/"))  # each over all its items, then its groups
 
 
 def _is_stereotype(found: Measured, name: str) -> bool:
@@ -105,12 +106,18 @@ def _with_error(found: Measured, key: str, of: str) -> Figure | None:
     return replace(shown, spread=f"± {error.text.removesuffix(' %')}", keys=f"{key} {error.keys}") if shown and error else shown
 
 
-def _difference(name: str, student: Figure | None, teacher: Figure | None) -> Figure | None:
+def _difference(found: Measured, name: str, student: Figure | None, teacher: Figure | None) -> Figure | None:
     if teacher is None or student is None or teacher.value is None or student.value is None:
         return None
     shift = student.value - teacher.value
     text = f"{100 * shift:+.1f} points" if teacher.text.endswith("%") and student.text.endswith("%") else f"{shift:+.3g}"
-    return Figure(text.replace("-", "−"), f"{name}/student {name}/teacher", shift)
+    shown = Figure(text.replace("-", "−"), f"{name}/student {name}/teacher", shift)
+    errors = [found.value(f"{name}/{model}_standard_error") for model in MODELS]
+    if None in errors or not text.endswith("points"):
+        return shown
+    half = math.hypot(*(error for error in errors if error is not None))
+    keys = " ".join(f"{name}/{model}_standard_error" for model in MODELS)
+    return replace(shown, keys=f"{shown.keys} {keys}", spread=f"± {100 * half:.1f}")
 
 
 def _approach(name: str, student: Figure | None, teacher: Figure | None) -> Figure | None:

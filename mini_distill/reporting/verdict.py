@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ..compare import has_teacher_signal
+from ..compare import has_teacher_signal, interval
 from ..evaluation.table import percent
-from .comparison import GAP, Group
+from .comparison import GAP, SPEEDS, Group, quotient
 from .figures import Figure, Numbered, factor, points, text_of
 from .measured import Measured
 from .run_page import has_objective
-from .task_tables import error_of_difference, further_from_half
+from .task_tables import further_from_half, groups_of
 
 STUDENT, CONTROL, TEACHER, BEFORE = "eval/student_nll", "control/student_nll", "eval/teacher_nll", "before/student_nll"
 SIZES = ("model/student_parameters", "model/teacher_parameters")
-SPEEDS = ("perf/student_tokens_per_second", "perf/teacher_tokens_per_second")
-HELPED, MUCH, LOST, SAVED = "Did distillation help?", "By how much?", "What was lost?", "What was saved?"
-TRAINED = "What did training do?"
+HELPED, MUCH, TRAINED = "Did distillation help?", "By how much?", "What did training do?"
+LOST, SAVED = "What was lost?", "What was saved?"
 ONE_SEED = " One seed cannot tell a small difference from chance."
-INTERVAL = " ± is half a 95 % confidence interval of the difference, seed by seed"
-SURE = 2.0
-"""Standard errors that a difference on a task has to exceed to be told from chance."""
+INTERVAL = " ± is half a 95 % confidence interval of the difference, paired by seed"
 MOST_TASKS = 3
 MOST_GROUPS = 4
 NO_SKILL = "stereotype"
 """The kind of a task on which more is not better."""
+TOLD_APART = 2
+"""Standard errors from which on a difference between student and teacher counts as one."""
 
 Parts = tuple[str | Figure, ...]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """To one of the questions: texts and figures in turn."""
+    """To one of the questions, or of one of several runs: texts and figures in turn."""
 
     question: str | Numbered
     parts: Parts
@@ -52,15 +52,35 @@ def answers_of_groups(groups: Sequence[Group]) -> list[Answer]:
     if len(taught) == 1:
         return _answers(taught[0])
     told = [(group, parts) for group in taught if (parts := _helped(group))][:MOST_GROUPS]
-    lines = [Answer(Numbered(group.number, group.label or group.name, group.style), parts) for group, parts in told]
+    lines = [Answer(group.numbered, parts) for group, parts in told]
     rest = [Answer("the others", ("In the table below.",))] if len(taught) > MOST_GROUPS else []
     return [Answer(HELPED, ()), *lines, *rest] if lines else []
 
 
 def _answers(group: Group) -> list[Answer]:
-    much = MUCH if group.mean(CONTROL) is not None else TRAINED
-    told = [(HELPED, _helped(group)), (much, _how_much(group)), (LOST, _lost(group)), (SAVED, _saved(group))]
+    how_much = MUCH if group.mean(CONTROL) is not None else TRAINED  # without a control it is training's doing, not the teacher's
+    told = [(HELPED, _helped(group)), (how_much, _how_much(group)), (LOST, _lost(group)), (SAVED, _saved(group))]
     return [Answer(question, parts) for question, parts in told if parts]
+
+
+def margin(ranked: Sequence[Group], key: str) -> str:
+    """How far the best is ahead of the next by a metric, and what is to be said against it; "" of one alone."""
+    if len(ranked) < 2:
+        return ""
+    first, second = ({run.seed: value for run, value in group.values(key)} for group in ranked[:2])
+    ahead = abs((ranked[0].mean(key) or 0.0) - (ranked[1].mean(key) or 0.0))
+    by_seed = [first[seed] - second[seed] for seed in first if seed in second]
+    said = f", ahead of the next by {_apart(key, ahead)}"
+    if len(by_seed) < 2:
+        alone = min(len(first), len(second)) < 2
+        return f"{said}, {'which one seed cannot tell from chance' if alone else 'over different seeds, so that it may be chance'}"
+    half = interval(by_seed)
+    return f"{said} ± {_apart(key, half)}, seed by seed{', which may be chance' if ahead <= half else ''}"
+
+
+def _apart(key: str, value: float) -> str:
+    """A difference, in the form of what it is one of."""
+    return points(value) if text_of(key, value).endswith("%") else text_of(key, value)
 
 
 def _helped(group: Group) -> Parts:
@@ -122,38 +142,46 @@ def _lost(group: Group) -> Parts:
         ]
     if agreement is not None:
         told += ["Both think the same token the most likely at ", agreement, " of the places. "]
-    for name, student, below in list(_skills(group))[:MOST_TASKS]:
-        told += [
-            f"On {name} it gets ",
-            student,
-            ", ",
-            _unsigned(below),
-            f" {'below' if (below.value or 0) >= 0 else 'above'} its teacher{_doubt(group, name, below)}. ",
-        ]
-    for task, further, kinds in further_from_half(group.members[0]):
-        told.append(f"On {task} its preference is further from none than the teacher's in {further} of {kinds} kinds of stereotype. ")
-    return tuple(told)
+    return (*told, *(part for sentence in _tasks(group) for part in sentence))
 
 
-def _doubt(group: Group, name: str, below: Figure) -> str:
-    """Behind a difference on a task that so few items, or seeds, do not tell from chance."""
-    error = error_of_difference(group.members[0], f"task/{name.replace('/', '-')}")
-    margin = below.half if below.half is not None else None if error is None else SURE * error
-    return "" if margin is None or abs(below.value or 0.0) > margin else ", no more than chance could make"
+def _tasks(group: Group) -> Iterator[Parts]:
+    """A sentence on each of the first tasks: those on which more is better, then bias."""
+    tasks = {name: f"task/{name.replace('/', '-')}" for name in group.members[0].details.get("tasks", {})}
+    biases = [name for name in tasks if group.members[0].details["tasks"][name].get("kind") == NO_SKILL]
+    yield from [said for name, key in tasks.items() if name not in biases and (said := _skill(group, name, key))][:MOST_TASKS]
+    yield from [said for name in biases if (said := _bias(group, name, tasks[name]))][:MOST_TASKS]
 
 
-def _skills(group: Group) -> Iterator[tuple[str, Figure, Figure]]:
-    """(name, the student's figure, how far it is below its teacher's) of each task on which more is better."""
-    for name, task in group.members[0].details.get("tasks", {}).items():
-        keys = [f"task/{name.replace('/', '-')}/{model}" for model in ("teacher", "student")]
-        student, below = group.figure(keys[1]), group.made(keys, operator.sub, points)
-        is_share = student is not None and student.text.endswith("%")  # and no perplexity
-        if student is not None and below is not None and is_share and task.get("kind") != NO_SKILL:
-            yield name, student, below
+def _skill(group: Group, name: str, key: str) -> Parts:
+    keys = [f"{key}/{model}" for model in ("teacher", "student")]
+    student, below = group.figure(keys[1]), group.made(keys, operator.sub, points)
+    if student is None or below is None or not student.text.endswith("%"):  # such as a perplexity
+        return ()
+    direction = "below" if (below.value or 0) >= 0 else "above"
+    error = group.made([f"{key}_standard_error" for key in keys], math.hypot, points)
+    doubt: Parts = () if error is None else (" (standard error ", replace(error, spread=""), ")")
+    alike = error is not None and abs(below.value or 0) <= TOLD_APART * (error.value or 0)
+    return (f"On {name} it gets ", student, ", ", _unsigned(below), f" {direction} its teacher", *doubt, f"{': not told apart' * alike}. ")
+
+
+def _bias(group: Group, name: str, key: str) -> Parts:
+    student, teacher = (group.figure(f"{key}/{model}") for model in ("student", "teacher"))
+    if student is None or teacher is None:
+        return ()
+    further, of = further_from_half(group.mean, groups_of(group.members[0], key))
+    groups = f"; {further} of {of} groups are further from 50 % than for the teacher" if of else ""
+    return (
+        f"On {name} the stereotyped sentence is the likelier in ",
+        student,
+        " of the pairs, for its teacher in ",
+        teacher,
+        f"{groups}. ",
+    )
 
 
 def _saved(group: Group) -> Parts:
-    size, speed = group.made(SIZES, _ratio, percent), group.made(SPEEDS, _ratio, factor)
+    size, speed = group.made(SIZES, quotient, percent), group.made(SPEEDS, quotient, factor)
     if size is None:
         return ()
     told: Parts = ("It has ", size, " of the teacher's parameters")
@@ -162,7 +190,3 @@ def _saved(group: Group) -> Parts:
     if speed.value < 1:
         return (*told, ", but reads text at ", speed, " of the teacher's speed on the machine that measured.")
     return (*told, " and reads text ", speed, " times as fast on the machine that measured.")
-
-
-def _ratio(above: float, below: float) -> float:
-    return above / below if below else 0.0

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from mini_distill.config import Config, DataConfig, StudentConfig, TeacherConfig
+from mini_distill.config import Config, DataConfig, FullEvaluationConfig, StudentConfig, TeacherConfig
 from mini_distill.evaluation.model_card import CardFacts, escape, with_evaluation, write_model_card
 from mini_distill.evaluation.samples import Sample
 
@@ -107,6 +107,7 @@ def test_a_local_teacher_is_no_base_model_on_the_hub(tmp_path: Path) -> None:
 
 
 EVALUATED = SUMMARY | {
+    "text/student_repetition": 0.5,
     "task/blimp/student": 0.75,
     "task/blimp/student_standard_error": 0.04,
     "task/crows <i>/student": 0.55,
@@ -116,7 +117,9 @@ EVALUATED = SUMMARY | {
 
 def evaluated(card: str) -> str | None:
     config = facts().config
-    return with_evaluation(card, config.data, config.teacher.kind, EVALUATED, 120)
+    return with_evaluation(
+        card, config.data, config.teacher.kind, EVALUATED, 120, FullEvaluationConfig(task_limit=300, sampling_temperature=0.0)
+    )
 
 
 def test_a_card_learns_of_an_evaluation_and_keeps_what_else_stands_in_it(tmp_path: Path) -> None:
@@ -130,6 +133,7 @@ def test_a_card_learns_of_an_evaluation_and_keeps_what_else_stands_in_it(tmp_pat
     scores = {result.metric_type: result.metric_value for result in loaded.data.eval_results}
     assert scores == {"perplexity": 12.5, "bits_per_byte": 1.25, "score": 0.75, "stereotype_score": 0.55}
     assert loaded.data.base_model == ["org/teacher"]
+    assert "Of each task at most 300 items were done" in after and "distinct tokens are those of greedy generations." in after
     assert evaluated(after) == after
 
 

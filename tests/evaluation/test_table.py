@@ -108,6 +108,13 @@ def test_tasks_have_their_error_and_stereotypes_their_distance_from_no_preferenc
     assert all(len(line) <= 80 for line in table.splitlines()) and table.endswith("50 % is no preference; the distance counts.")
 
 
+def test_a_task_stands_before_its_groups() -> None:
+    """As summary.json has its keys, the row of all items stood between two of its groups."""
+    keys = ["blimp/binding", "blimp", "blimp/s-selection", "blimp-2"]
+    rows = markdown_tasks({f"task/{key}/student": 0.5 for key in keys}, str).splitlines()[2:6]
+    assert [row.split("|")[1].strip() for row in rows] == ["blimp", "blimp/binding", "blimp/s-selection", "blimp-2"]
+
+
 def test_names_of_tasks_in_a_card_are_spelt_by_whoever_writes_it() -> None:
     table = markdown_tasks({"task/<b>/student": 0.5}, lambda name: name.replace("<", "&lt;"))
     assert "| &lt;b> | 50.0 % |" in table

@@ -10,6 +10,7 @@ from measured_folders import details, write_run
 
 from mini_distill.report import report
 from mini_distill.reporting.close_look import differences, reliability, slices
+from mini_distill.reporting.figures import Figure
 from mini_distill.reporting.measured import Measured, open_measured
 
 
@@ -23,6 +24,7 @@ def test_slices_have_charts_and_figures(tmp_path: Path) -> None:
     views = slices(open_measured(write_run(tmp_path / "run")))
     assert [view.name for view in views][:2] == ["By tokens before the predicted one", "By the teacher's uncertainty (entropy, nats)"]
     assert [len(view.charts) for view in views] == [2, 2, 2]
+    assert [cell.text for cell in views[0].table.rows[0][2:5] if isinstance(cell, Figure)] == ["3.400", "2.100", "0.700"]
     assert list(views[0].charts[0].chart.categories) == ["<0.1", "0.1–0.5", "≥0.5"]
     assert (
         views[0].charts[0].chart.series[0].line and not views[2].charts[0].chart.series[0].line

@@ -10,11 +10,11 @@ import pytest
 from measured_folders import summary, write_run
 
 from mini_distill.compare import interval
+from mini_distill.report import report
 from mini_distill.reporting.comparison import (
     common_name,
     costs,
     grouped,
-    lead,
     overlaid,
     overview,
     same_objective,
@@ -24,7 +24,7 @@ from mini_distill.reporting.comparison import (
 )
 from mini_distill.reporting.figures import Figure, Numbered
 from mini_distill.reporting.measured import open_measured
-from mini_distill.reporting.verdict import answers_of_groups
+from mini_distill.reporting.verdict import answers_of_groups, margin
 
 JSD = "jsd"
 ENDS = (("", "objective=kl_ce"), ("-control", "objective=ce"))
@@ -65,6 +65,16 @@ def test_the_gap_closed_is_taken_from_the_control_of_the_same_seed(tmp_path: Pat
     assert second.values("control/gap_closed") == []
 
 
+def test_a_run_on_a_cache_has_the_control_that_was_trained_beside_the_live_teacher(tmp_path: Path) -> None:
+    """Three settings on caches were `not measured`, with the control of each seed on the same page."""
+    without = {key: value for key, value in summary(3.5, 8).items() if not key.startswith("control/")}
+    run = write_run(tmp_path / "a", "teacher.cache_dir=caches/topk", "teacher.cache_k=8", summary=without)
+    control = write_run(tmp_path / "c", "objective=ce", summary=without | {"eval/student_nll": 4.5})
+    other = write_run(tmp_path / "o", "teacher.revision=abc", summary=without)
+    cached, _, of_another_teacher = grouped(open_all(run, control, other))
+    assert cached.mean("control/gap_closed") == pytest.approx(0.5) and of_another_teacher.mean("control/gap_closed") is None
+
+
 def test_of_a_control_trained_apart_the_page_says_from_which_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     without = {key: value for key, value in summary(3.5, 8).items() if not key.startswith("control/")}
@@ -101,40 +111,9 @@ def test_quality_and_cost_are_tables_of_their_own_so_that_no_column_is_cut_off(t
     cost = costs(groups)
     assert cost is not None and "parameters" in cost.header and "parameters" not in overview(groups).header
     assert len(overview(groups).header) <= 8 and len(cost.header) <= 6
-    speed, of_run = cost.rows[0][list(cost.header).index("reading speed")], groups[0].members[0]
+    speed = cost.rows[0][list(cost.header).index("reading speed ÷ teacher's")]
     assert isinstance(speed, Figure) and speed.spread == ""  # the same in both; seeds have nothing to do with it
-    student, teacher = (of_run.value(f"perf/{model}_tokens_per_second") for model in ("student", "teacher"))
-    assert (
-        student and teacher and speed.value == pytest.approx(student / teacher)
-    )  # students of one size, timed on two days, seemed to differ
     assert costs(grouped(open_all(write_run(tmp_path / "c", summary={"eval/student_nll": 3.0})))) is None
-
-
-def test_a_control_is_one_also_of_the_runs_whose_targets_came_from_elsewhere(tmp_path: Path) -> None:
-    """Beside runs from a cache lay the control of all of them, and the page said that there was none."""
-    bare = summary(3.5, 8) | {"eval/teacher_nll": 2.5}
-    bare = {key: value for key, value in bare.items() if not key.startswith("control/")}
-    taught = write_run(tmp_path / "cached", "teacher.cache_dir=targets", "objective=kl_ce", summary=bare)
-    control = write_run(tmp_path / "alone", "objective=ce", summary=bare | {"eval/student_nll": 3.9})
-    (group, _) = grouped(open_all(taught, control))
-    assert group.mean("control/student_nll") == pytest.approx(3.9) and group.mean("control/gap_closed") == pytest.approx(0.4 / 1.4)
-    other = write_run(tmp_path / "other", "objective=ce", "data.path=elsewhere", summary=bare)
-    assert grouped(open_all(taught, other))[0].mean("control/student_nll") is None
-
-
-def test_the_leader_is_not_surer_than_its_lead(tmp_path: Path) -> None:
-    def lead_of(*losses: tuple[str, float]) -> str:
-        folder = tmp_path / str(losses)
-        runs = [write_run(folder / str(i), setting, f"seed={i}", nll=nll) for i, (setting, nll) in enumerate(losses)]
-        groups = grouped(open_all(*runs))
-        return lead(groups[0], groups, "eval/student_nll")
-
-    a, b = "objective=kl_ce", "objective=jsd"
-    assert lead_of((a, 3.4)) == ""
-    assert lead_of((a, 3.4), (b, 3.5)) == ", ahead of the next by 0.100, which one seed cannot tell from chance"
-    assert lead_of((a, 3.4), (a, 3.5), (b, 3.45), (b, 3.56)) == ", ahead of the next by 0.055, less than the seeds differ"
-    assert lead_of((a, 3.4), (b, 3.4001)) == ", level with the next"
-    assert lead_of((a, 3.40), (a, 3.41), (b, 3.90), (b, 3.91)) == ", ahead of the next by 0.500"
 
 
 def test_over_seeds_the_answer_is_as_sure_as_its_interval(tmp_path: Path) -> None:
@@ -146,10 +125,55 @@ def test_over_seeds_the_answer_is_as_sure_as_its_interval(tmp_path: Path) -> Non
 
     assert answer("sure", [0.40, 0.41, 0.42]).startswith("Yes: on held-out text the student's loss is 0.410± 0.025 nats per token lower")
     assert answer("unsure", [0.4, -0.3, 0.3]).startswith("Not clear:")
-    assert "interval of the difference, seed by seed, which includes no difference at all: more seeds might tell." in answer(
+    assert "interval of the difference, paired by seed, which includes no difference at all: more seeds might tell." in answer(
         "torn", [0.4, -0.3, 0.3]
     )
     assert answer("harm", [-0.40, -0.41, -0.42]).startswith("No, it did harm:")
+
+
+def test_the_table_of_costs_has_speeds_over_the_teachers_of_the_same_run(tmp_path: Path) -> None:
+    """Students of one architecture, timed at different moments, seemed twice as fast as each other; the teacher's speed was one run's."""
+    busy = {key: value / 2 for key, value in summary(3.5, 8).items() if key.endswith("tokens_per_second")}
+    runs = write_run(tmp_path / "a"), write_run(tmp_path / "b", "objective=jsd", summary=summary(3.4, 8) | busy)
+    cost = costs(grouped(open_all(*runs)))
+    assert cost is not None and list(cost.header) == [
+        "run",
+        "parameters",
+        "reading speed ÷ teacher's",
+        "writing speed ÷ teacher's",
+        "steps",
+    ]
+    assert [[cell.text for cell in row[2:4] if isinstance(cell, Figure)] for row in cost.rows] == [["3.00", "3.00"], ["3.00", "3.00"], []]
+    untimed = {key: value for key, value in summary(3.5, 8).items() if not key.startswith("perf/teacher")}
+    alone = costs(grouped(open_all(write_run(tmp_path / "c", summary=untimed))))
+    assert alone is not None and list(alone.header) == ["run", "parameters", "steps"]
+
+
+def test_the_leader_is_as_far_ahead_as_seeds_can_tell(tmp_path: Path) -> None:
+    """`The best is …` stood over a lead of 0.001 nats, of one seed each."""
+
+    def said(name: str, *losses: tuple[float, float]) -> str:
+        folders = [
+            write_run(tmp_path / name / f"{objective}{seed}", f"objective={objective}", f"seed={seed}", nll=nll)
+            for seed, pair in enumerate(losses)
+            for objective, nll in zip(("jsd", "kl_ce"), pair, strict=True)
+        ]
+        return margin(grouped(open_all(*folders)), "eval/student_nll")
+
+    assert said("one", (3.0, 3.5)) == ", ahead of the next by 0.500, which one seed cannot tell from chance"
+    assert said("far", (3.0, 3.5), (3.2, 3.71), (3.1, 3.59)) == ", ahead of the next by 0.500 ± 0.025, seed by seed"
+    assert said("near", (3.0, 3.1), (3.2, 3.15), (3.1, 3.1)).endswith("seed by seed, which may be chance")
+    others = [write_run(tmp_path / f"x{seed}", f"seed={seed}", f"objective={'jsd' if seed < 2 else 'kl_ce'}") for seed in range(4)]
+    assert margin(grouped(open_all(*others)), "eval/student_nll").endswith("over different seeds, so that it may be chance")
+    assert margin(grouped(open_all(write_run(tmp_path / "alone"))), "eval/student_nll") == ""
+    shares = grouped(open_all(*(write_run(tmp_path / name, f"objective={name}") for name in ("jsd", "kl_ce"))))
+    assert margin(shares, "eval/top1_agreement").startswith(", ahead of the next by 0.0 points")
+
+
+def test_the_number_in_the_lead_is_that_of_the_table(tmp_path: Path) -> None:
+    page = report([write_run(tmp_path / "a", nll=3.6), write_run(tmp_path / "b", "objective=jsd", nll=3.4)], tmp_path / "page.html")
+    lead = page.read_text(encoding="utf-8").partition('<p class="lead">')[2].partition("</p>")[0]
+    assert '<span class="number run1">2</span> <bdi>jsd</bdi>' in lead and "nats per token, ahead of the next by 0.200" in lead
 
 
 def test_of_several_taught_settings_each_is_answered(tmp_path: Path) -> None:
@@ -184,6 +208,25 @@ def test_only_settings_that_differ_are_shown(tmp_path: Path) -> None:
     assert settings_that_differ(grouped(same)) is None
     table = settings_that_differ(grouped([*same, *open_all(write_run(tmp_path / "c", "objective.temperature=2"))]))
     assert table is not None and [list(row) for row in table.rows] == [["objective.temperature", "1.0", "2.0"]]
+
+
+def test_an_empty_mapping_is_no_setting_of_its_own(tmp_path: Path) -> None:
+    """`objective.divergence_options` was `{}` beside a dash, above a line for the option that one of both had."""
+    runs = open_all(write_run(tmp_path / "a"), write_run(tmp_path / "b", "objective.divergence_options={jsd_beta: 0.25}"))
+    table = settings_that_differ(grouped(runs))
+    assert table is not None and [list(row) for row in table.rows] == [["objective.divergence_options.jsd_beta", None, "0.25"]]
+    terms = grouped(open_all(write_run(tmp_path / "c"), write_run(tmp_path / "d", "objective.terms={jsd: {}}")))
+    assert not same_objective(terms)  # a term of which nothing is said is one
+
+
+def test_two_measurements_are_marked_and_said_to_be_two(tmp_path: Path) -> None:
+    """Straight lines through two points seemed to be curves."""
+    ends = overlaid(grouped(open_all(*(write_run(tmp_path / name, f"objective={name}", steps=2) for name in ("jsd", "ce")))))[0]
+    assert (
+        ends.chart.note == "Measured only at the first and at the last step shown." and ends.svg.count("<title>") == 5
+    )  # and the teacher's level
+    more = overlaid(grouped(open_all(*(write_run(tmp_path / f"{name}8", f"objective={name}") for name in ("jsd", "ce")))))[0]
+    assert more.chart.note == ""
 
 
 def test_losses_of_different_text_are_not_compared_in_silence(tmp_path: Path) -> None:

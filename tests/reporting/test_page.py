@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from markupsafe import Markup
 from measured_folders import HOSTILE, details, status, summary, write_run
 
 from mini_distill.report import report
 from mini_distill.reporting.figures import text_of
+from mini_distill.reporting.page import breakable
 
-VOID = {"meta"}
+VOID = {"meta", "wbr"}
 
 
 class Page(HTMLParser):
@@ -101,6 +103,21 @@ def test_text_of_models_and_data_is_shown_and_never_obeyed(pages: dict[str, str]
         assert "<script>alert(1)</script>" in text and "{{ 7 * 7 }}{% raw %}" in text and "&amp;" in text
         assert r"\x1b[31m\u202e\u2066\x00" in text
     assert "other & <b>" in Page(pages["several"]).text and "<i>$" in Page(pages["several"]).text
+
+
+def test_the_path_of_a_setting_goes_on_in_the_next_line_between_words() -> None:
+    """On a telephone `objective.divergence_options` broke within a word."""
+    assert breakable("objective.top_k <1.") == Markup("objective.<wbr>top_<wbr>k &lt;1.")
+
+
+def test_three_samples_are_open_and_the_others_folded(tmp_path: Path) -> None:
+    """Sixteen samples made the page of a run 17,000 pixels long."""
+    samples = [{"prompt": f"prompt {i}", "continuations": {"student": "text"}} for i in range(5)]
+    page = page_of(write_run(tmp_path / "run", details={"samples": samples}))
+    before, _, folded = page.partition("<summary>2 more samples</summary>")
+    assert "prompt 2" in before and "prompt 3" not in before and "prompt 4" in folded and "Sample 5" in folded
+    few = page_of(write_run(tmp_path / "few", details={"samples": samples[:3]}))
+    assert "prompt 2" in few and "more samples" not in few
 
 
 def test_half_of_a_character_and_other_scripts_survive(tmp_path: Path) -> None:

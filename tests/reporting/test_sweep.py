@@ -61,6 +61,8 @@ def test_the_effect_of_a_setting_is_the_mean_over_the_others(sweep: Path) -> Non
     temperature, weight = sorted(effects(found), key=lambda drawing: drawing.chart.title, reverse=True)
     assert is_full_grid(found)
     assert (temperature.chart.title, list(temperature.chart.categories)) == ("objective.temperature", ["1.0", "2.0"])
+    assert temperature.alt.startswith("objective.temperature: held-out loss, nats per token against objective.temperature.")
+    assert ">held-out loss<" in temperature.svg and ">nats per token<" in temperature.svg  # each whole, in a line of its own
     assert [y for _, y in temperature.chart.series[0].points] == pytest.approx([3.35, 3.05])
     assert [y for _, y in weight.chart.series[0].points] == pytest.approx([3.25, 3.15])
 
@@ -157,7 +159,10 @@ def test_seeds_of_a_sweep_are_ranked_by_their_mean(tmp_path: Path) -> None:
 def test_the_page_has_the_command_of_the_best(sweep: Path) -> None:
     command = open_sweep(sweep).command
     assert command == "python -m mini_distill.train objective.temperature=2.0 objective.kl_weight=0.9"
-    assert f'<code class="command">{command}</code>' in report([sweep]).read_text(encoding="utf-8")
+    page = report([sweep]).read_text(encoding="utf-8")
+    assert f'<code class="command">{command}</code>' in page
+    assert "nats per token, ahead of the next by 0.100, which one seed cannot tell from chance." in page
+    assert "on new text expect a slightly worse one" in page
 
 
 def test_the_page_of_many_runs_stays_small(tmp_path: Path) -> None:

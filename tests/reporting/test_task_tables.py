@@ -7,9 +7,10 @@ from pathlib import Path
 from measured_folders import summary, write_run
 
 from mini_distill.report import report
-from mini_distill.reporting.figures import Figure, Table
+from mini_distill.reporting.figures import MODELS, Figure, Table
 from mini_distill.reporting.measured import open_measured
 from mini_distill.reporting.task_tables import skills, stereotypes
+from mini_distill.reporting.verdict import answers_of_run
 
 CROWS = {
     "task/crows/age/teacher": 0.31,
@@ -27,14 +28,13 @@ def texts(table: Table | None, row: int) -> list[str]:
 
 
 def test_tasks_have_both_models_their_difference_and_their_standard_error(tmp_path: Path) -> None:
-    more = summary(3.5, 8) | {"task/blimp/items": 100.0, "task/blimp/student_standard_error": 0.043}
+    errors = {"task/blimp/student_standard_error": 0.043, "task/blimp/teacher_standard_error": 0.036}
+    more = summary(3.5, 8) | {"task/blimp/items": 100.0} | errors
     table = skills(open_measured(write_run(tmp_path / "run", summary=more)))
     assert table is not None and list(table.header) == ["task", "student", "teacher", "difference", "items"]
-    assert texts(table, 0) == ["blimp (accuracy)", "75.0 % ± 4.3", "85.0 %", "−10.0 points", "100"]
+    assert texts(table, 0) == ["blimp (accuracy)", "75.0 % ± 4.3", "85.0 % ± 3.6", "−10.0 points ± 5.6", "100"]
     assert texts(table, 1) == ["blimp / agreement", "70.0 %", "90.0 %", "−20.0 points", "40"]
     assert stereotypes(open_measured(tmp_path / "run")) is None
-    both = skills(open_measured(write_run(tmp_path / "both", summary=more | {"task/blimp/teacher_standard_error": 0.032})))
-    assert texts(both, 0)[3] == "−10.0 points ± 5.4"  # hypot(4.3, 3.2)
 
 
 def test_stereotype_scores_have_their_distance_from_no_preference(tmp_path: Path) -> None:
@@ -53,6 +53,21 @@ def test_scores_have_a_table_of_their_own_without_empty_columns(tmp_path: Path) 
     found = open_measured(write_run(tmp_path / "run", summary=summary(3.5, 8) | CROWS))
     names = [[row[0] for row in table.rows] for table in (skills(found), stereotypes(found)) if table is not None]
     assert names == [["blimp (accuracy)", "blimp / agreement"], ["crows / age"]]
+
+
+def test_biases_that_cancel_are_said_to_be_there(tmp_path: Path) -> None:
+    """Over all groups the student seemed nearer to 50 %, while of nine groups eight were further."""
+    groups = {"all": (0.51, 0.56), "one": (0.8, 0.6), "two": (0.2, 0.4), "three": (0.5, 0.6)}
+    keys = {name: f"task/crows/{name}".removesuffix("/all") for name in groups}
+    scores = {f"{keys[name]}/{model}": value for name, pair in groups.items() for model, value in zip(MODELS, pair, strict=True)}
+    from_half = {f"{key}_from_half": abs(value - 0.5) for key, value in scores.items()}
+    tasks = {"tasks": {"crows": {"kind": "stereotype", "groups": []}}}
+    found = open_measured(write_run(tmp_path / "run", summary=summary(3.5, 8) | scores | from_half, details=tasks))
+    table = stereotypes(found)
+    assert table is not None and table.note.startswith("2 of 3 groups are further from 50 % than the teacher's: opposite biases cancel")
+    lost = next(answer for answer in answers_of_run(found) if answer.question == "What was lost?")
+    said = "".join(part.text if isinstance(part, Figure) else part for part in lost.parts)
+    assert "On crows the stereotyped sentence is the likelier in 51.0 % of the pairs, for its teacher in 56.0 %; 2 of 3 groups" in said
 
 
 def test_a_score_as_far_as_the_teachers_is_neither_nearer_nor_further(tmp_path: Path) -> None:

@@ -79,13 +79,13 @@ def _figures(folder: Path) -> Iterator[tuple[str, Any]]:
 
 
 def made_of(values: tuple[float, ...]) -> set[float]:
-    """What the page makes of the figures whose keys it names: itself, a ratio, a difference, a share of a way."""
+    """What the page makes of the figures whose keys it names: itself, a ratio, a difference, its error, a share of a way."""
     if len(values) == 1:
         return {values[0]}
     first, second, *more = values
     if more:
         return {(first - second) / (first - more[0])}
-    return {first - second, abs(first - second), *([first / second] if second else [])}
+    return {first - second, abs(first - second), math.hypot(first, second), *([first / second] if second else [])}
 
 
 def possible(files: list[dict[str, set[float]]], keys: list[str]) -> list[list[float]]:
@@ -118,7 +118,7 @@ def check(page: Path, usual: str) -> int:
     for value, key, of, shown, spread in figures:
         files = [known(Path(folder)) for folder in (of or usual).split("\n")]
         keys = [key] if key in files[0] else key.split()  # a label such as `below 0.1` has a blank
-        errors = [key for key in keys if key.endswith("_standard_error")]
+        errors = [key for key in keys[1:] if key.endswith("_standard_error")] if spread else []
         keys = [key for key in keys if key not in errors]
         made = possible(files, keys)
         fitting = [values for values in made if math.isclose(fmean(values), float(value), rel_tol=1e-9, abs_tol=1e-12)]
@@ -126,8 +126,11 @@ def check(page: Path, usual: str) -> int:
         assert fitting, f"{key} of {of or usual}: {value} is none of {made}"
         assert rounded(shown, float(value)), f"{key}: '{shown}' is not {value}"
         if spread:
-            known_errors = itertools.product(*(files[0][error] for error in errors))
-            halves = {math.hypot(*each) for each in known_errors} if errors else {interval(values) for values in fitting if len(values) > 1}
+            halves = (
+                {math.hypot(*values) for values in itertools.product(*(files[0][key] for key in errors))}
+                if errors
+                else {interval(values) for values in fitting if len(values) > 1}
+            )
             halves = {min(fitting[0]), max(fitting[0])} if "–" in spread else halves
             parts = (
                 spread.split(" – ")
