@@ -78,7 +78,7 @@ def keep_outputs(notebook: NotebookNode, name: str) -> int:
             count += 1
         elif tables:
             (FIGURES / f"{name}_{number}.html").write_text(tables[-1] + "\n", encoding="utf-8")
-        elif texts or (printed and "md.train(" not in cell.source):
+        elif (texts or printed) and "md.train(" not in cell.source:  # whose table, samples and last line of progress are long
             (FIGURES / f"{name}_{number}.txt").write_text((printed + "".join(texts)).rstrip() + "\n", encoding="utf-8")
     return count
 

@@ -57,7 +57,9 @@ def compare_fingerprints(saved: Mapping[str, Any], current: Mapping[str, Any], a
     refused = [key for key in differing if not any(_covers(name, key) for name in allowed)]
     twice = [key for key in refused if (old.get(key), new.get(key)) == (old.get(f"config.{key}", ABSENT), new.get(f"config.{key}", ABSENT))]
     refused = [key for key in refused if key not in twice]  # seq_len, say, is a setting and a property of the data
-    refused = [key for key in refused if not any(_covers(key, other) for other in refused if other != key)]  # {} was, and now holds some
+    refused = [
+        key for key in refused if not any(_covers(key, other) for other in refused if other != key)
+    ]  # that a group was empty says nothing more
     if refused:
         raise ConfigError.from_problems(_problem(key, old.get(key, ABSENT), new.get(key, ABSENT), finished) for key in refused)
 
