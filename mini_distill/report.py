@@ -14,16 +14,18 @@ if __name__ == "__main__":
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
 from .cli import report as report_error
 from .errors import ConfigError, MiniDistillError
 from .evaluation.printable import printable
+from .reporting.comparison import text_differs
 from .reporting.measured import Measured, check_something_is_measured, open_measured
 from .reporting.page import page_of_run, page_of_several, page_of_sweep
-from .reporting.sweep import is_sweep, open_sweep, runs_below
+from .reporting.sweep import Sweep, is_sweep, open_sweep, runs_below
+from .reporting.verdict import as_text, best_of_sweep
 from .storage import atomic_write_text, storage_errors
 
 
@@ -46,30 +48,41 @@ def report(paths: Sequence[Path | str] | Path | str, output: Path | str | None =
 
 
 def _written(paths: Sequence[Path | str] | Path | str, output: Path | str | None, metric: str | None) -> tuple[Path, list[str]]:
-    """Write the page; gives the file, and a line for each run that did not come to its end."""
+    """Write the page; gives the file, and what a terminal shows of it."""
     folders = [Path(path).expanduser() for path in ([paths] if isinstance(paths, str | Path) else paths)]
     if not folders:
         raise ConfigError("folder", "none was given", "Give the output_dir of a run.")
     with storage_errors(", ".join(map(str, folders)), "read"):
-        page, unfinished = _page(folders, metric)
+        page, lines = _page(folders, metric)
     file = Path(output).expanduser() if output is not None else (folders[0] if len(folders) == 1 else Path()) / "report.html"
     if file.is_dir():
         raise ConfigError("--output", f"'{file}' is a folder, expected a file", f"Give {file / 'report.html'}.")
     atomic_write_text(file, page)
-    return file, unfinished
+    return file, lines
 
 
 def _page(folders: list[Path], metric: str | None) -> tuple[str, list[str]]:
     if len(folders) == 1 and is_sweep(folders[0]):
         sweep = open_sweep(folders[0], metric)
-        return page_of_sweep(sweep), [f"{missing.name}: {missing.state}, {missing.why}" for missing in sweep.missing]
+        return page_of_sweep(sweep), list(_lines_of_sweep(sweep))
     if metric is not None:
         raise ConfigError(
             "--metric", "ranks the runs of a sweep, and no sweep's folder was given", "Leave it out, or give the sweep alone."
         )
     runs = _open_all(folders)
     page = page_of_run(runs[0]) if len(runs) == 1 else page_of_several(runs)
-    return page, [f"{run.path} {run.unfinished}" for run in runs if run.unfinished]
+    return page, [f"Not finished: {run.path} {run.unfinished}" for run in runs if run.unfinished]
+
+
+def _lines_of_sweep(sweep: Sweep) -> Iterator[str]:
+    """What to do next: what is missing, which setting is the best, and how to train it again."""
+    for missing in sweep.missing:
+        yield f"Not finished: {missing.name}: {missing.state}, {missing.why}"
+    if text_differs(sweep.groups):
+        yield "Not all were measured on the same held-out text: losses and perplexities of different text do not compare."
+    yield as_text(best_of_sweep(sweep))
+    if sweep.command:
+        yield f"To train it again: {sweep.command}"
 
 
 def _open_all(folders: list[Path]) -> list[Measured]:
@@ -91,11 +104,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--metric", help="a key of summary.json that ranks the runs of a sweep (default: their evaluation.best_metric)")
     given = parser.parse_args(arguments)
     try:
-        file, unfinished = _written(given.folders, given.output, given.metric)
+        file, lines = _written(given.folders, given.output, given.metric)
     except MiniDistillError as error:
         return report_error(error)
-    for line in unfinished:
-        print(f"Not finished: {printable(line)}")
+    for line in lines:
+        print(printable(line))
     print(f"The page: {file}")
     return 0
 

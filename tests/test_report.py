@@ -41,6 +41,20 @@ def test_several_folders_are_beside_each_other_in_the_current_one(tmp_path: Path
     assert "2 runs" in Path("report.html").read_text(encoding="utf-8")
 
 
+def test_of_a_sweep_the_terminal_has_the_best_and_how_to_train_it_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a machine without a browser the page alone helped nobody."""
+    for rate, nll in (("1e-3", 3.4), ("3e-3", 3.6)):
+        write_run(tmp_path / "sweep" / rate, f"trainer.learning_rate={rate}", "data=jsonl", "data.path=/home/me/my text.jsonl", nll=nll)
+    write_run(tmp_path / "sweep" / "left", "trainer.learning_rate=1e-2", status=status(3, "failed", error="out of memory"), summary=None)
+    assert main([str(tmp_path / "sweep")]) == 0
+    missing, best, command, page = capsys.readouterr().out.splitlines()
+    assert missing.startswith("Not finished: left: failed")
+    assert best.startswith("The best is trainer.learning_rate = 0.001, with held-out loss 3.400 nats per token, ahead of the next by 0.200")
+    again = "python -m mini_distill.train data=jsonl 'data.path=\"/home/me/my text.jsonl\"' trainer.learning_rate=0.001"
+    assert command == f"To train it again: {again}"
+    assert page == f"The page: {tmp_path / 'sweep' / 'report.html'}"
+
+
 def test_from_python_and_from_a_run(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     assert md.load_run(run).report(tmp_path / "one.html").read_bytes() == md.report(run).read_bytes() == md.report([str(run)]).read_bytes()

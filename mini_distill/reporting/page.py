@@ -13,11 +13,9 @@ from markupsafe import Markup, escape
 from .. import __version__
 from ..evaluation.printable import printable
 from . import close_look, comparison, run_page, sweep, task_tables, verdict
-from .figures import Figure, Numbered, Table, figures_table, unit_of
+from .figures import Figure, Numbered, Table, figures_table
 from .measured import Measured
 from .settings import settings_tables
-
-MOST_COLUMNS = 4  # of swept settings in the ranking; where there are more, the folders' names have to do
 
 
 def shown_text(value: Any) -> Any:
@@ -107,19 +105,14 @@ def page_of_several(runs: Sequence[Measured]) -> str:
 
 def page_of_sweep(found: sweep.Sweep) -> str:
     """A sweep."""
-    columns = {factor.key: factor.values for factor in found.factors} if len(found.factors) <= MOST_COLUMNS else {}
     return _page_of_groups(
         found.groups,
         title=f"Sweep {found.path.resolve().name}",
         sweep=found,
-        best=found.best.figure(found.metric),
-        metric=comparison.label_of(found.metric),
-        unit=unit_of(found.metric),
-        margin=verdict.margin(found.groups, found.metric),
+        lead=verdict.best_of_sweep(found),
         answers=verdict.answers_of_groups([found.best]),
-        best_settings=", ".join(f"{key} = {values[0]}" for key, values in columns.items()),
-        overview=comparison.overview(found.groups, columns, first=found.metric),
-        costs=comparison.costs(found.groups, columns),
+        overview=comparison.overview(found.groups, found.columns, first=found.metric),
+        costs=comparison.costs(found.groups, found.columns),
         effects=sweep.effects(found),
         is_full_grid=sweep.is_full_grid(found),
         missing=Table("Failed and unfinished", ["run", "state", "why"], [[m.name, m.state, m.why] for m in found.missing], numeric=False),

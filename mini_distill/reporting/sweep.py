@@ -23,6 +23,7 @@ from .places import place_of, without_paths
 from .settings import command_of, differing, preset_of, shown_apart, with_short_paths, written
 
 BY_DEFAULT, PERPLEXITY = "eval/student_nll", "eval/student_perplexity"
+MOST_COLUMNS = 4  # of swept settings in the ranking
 MOST_FACTORS = 12
 MOST_VALUES = 8  # that are places on an axis; more are an axis of numbers
 WIDE = 20  # from the lowest to the highest value of a logarithmic axis
@@ -90,8 +91,24 @@ class Sweep:
         return self.groups[0]
 
     @property
+    def columns(self) -> dict[str, tuple[str, ...]]:
+        """Swept setting -> its value in each group; where they are too many for a table, the folders' names have to do."""
+        return {factor.key: factor.values for factor in self.factors} if len(self.factors) <= MOST_COLUMNS else {}
+
+    @property
+    def best_settings(self) -> str:
+        """What tells the best from the others."""
+        return ", ".join(f"{key} = {values[0]}" for key, values in self.columns.items())
+
+    @property
     def command(self) -> str:
-        """What trains the best again, as a shell takes it but for paths, which are short; "" where its settings are not known."""
+        """What trains the best again, as a shell takes it; "" where its settings are not known."""
+        config = self.best.members[0].config
+        return command_of(config) if "trainer" in config else ""
+
+    @property
+    def command_to_pass_on(self) -> str:
+        """The same with short paths, which tell nobody whose machine it was."""
         config = self.best.members[0].config
         return command_of(with_short_paths(config)) if "trainer" in config else ""
 

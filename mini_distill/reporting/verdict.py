@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 
 from ..compare import has_teacher_signal, interval
 from ..evaluation.table import percent
-from .comparison import GAP, SPEEDS, Group, quotient
-from .figures import Figure, Numbered, factor, points, text_of
+from .comparison import GAP, SPEEDS, Group, label_of, quotient
+from .figures import Figure, Numbered, factor, points, text_of, unit_of
 from .measured import Measured
 from .run_page import has_objective
+from .sweep import Sweep
 from .task_tables import further_from_half, groups_of
 
 STUDENT, CONTROL, TEACHER, BEFORE = "eval/student_nll", "control/student_nll", "eval/teacher_nll", "before/student_nll"
@@ -61,6 +62,21 @@ def _answers(group: Group) -> list[Answer]:
     how_much = MUCH if group.mean(CONTROL) is not None else TRAINED  # without a control it is training's doing, not the teacher's
     told = [(HELPED, _helped(group)), (how_much, _how_much(group)), (LOST, _lost(group)), (SAVED, _saved(group))]
     return [Answer(question, parts) for question, parts in told if parts]
+
+
+def best_of_sweep(found: Sweep) -> Parts:
+    """Which it is, its figure, and how far it is ahead."""
+    best = found.best.figure(found.metric)
+    assert best is not None, found.metric  # what has none is not ranked
+    unit = unit_of(found.metric)
+    seeds = f" over {len(found.best.members)} seeds" if best.spread else ""
+    behind = f"{' ' + unit if unit else ''}{seeds}{margin(found.groups, found.metric)}."
+    return f"The best is {found.best_settings or found.best.name}, with {label_of(found.metric)} ", best, behind
+
+
+def as_text(parts: Parts) -> str:
+    """Of an answer what a terminal shows."""
+    return "".join(part if isinstance(part, str) else " ".join(filter(None, (part.text, part.spread))) for part in parts)
 
 
 def margin(ranked: Sequence[Group], key: str) -> str:

@@ -105,8 +105,9 @@ def test_names_have_no_order_to_be_joined_by_a_line(tmp_path: Path) -> None:
 def test_the_command_names_no_teacher_that_was_not_there(tmp_path: Path) -> None:
     """All presets of `kind: hf` are as near to a teacher of one's own, and gpt2 came first in the alphabet."""
     write_run(tmp_path / "sweep" / "a", "teacher=hf", "teacher.path=/home/me/models/mine")
-    command = open_sweep(tmp_path / "sweep").command
-    assert "teacher=hf" in command and "…/models/mine" in command and "/home" not in command
+    sweep = open_sweep(tmp_path / "sweep")
+    assert "teacher=hf" in sweep.command and "teacher.path=/home/me/models/mine" in sweep.command
+    assert "…/models/mine" in sweep.command_to_pass_on and "/home" not in sweep.command_to_pass_on
 
 
 def test_many_values_are_an_axis_of_numbers(tmp_path: Path) -> None:
