@@ -81,11 +81,12 @@ def change_column(shard: Path, name: str, change: Callable[[np.ndarray], np.ndar
 
 def change_numbers(shard: Path, name: str, width: int, change: Callable[[np.ndarray], np.ndarray | None]) -> None:
     """The same for a column of numbers that are packed in `width` bits, of a cache with k = 8."""
-    counts = np.diff(np.load(shard / "starts.npy"))
-    if name == "ids":
-        counts = counts * 8
-    elif not name.endswith("_counts"):
-        counts = np.load(shard / f"{name.partition('_')[0]}_entries.npy").astype(np.int64)
+    tokens = np.diff(np.load(shard / "starts.npy"))
+    if (shard / "entries.npy").exists():
+        entries = np.load(shard / "entries.npy").astype(np.int64)
+        counts = {"counts": tokens * entries.shape[1], "ids": entries.sum(1), "head_levels": entries[:, 0]}[name]
+    else:
+        counts = tokens * 8
     pieces = np.split(np.load(shard / f"{name}.npy"), np.cumsum(packed_bytes(counts, width)))[:-1]
     numbers = unpack(pieces, counts, width)
     changed = change(numbers)

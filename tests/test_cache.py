@@ -779,11 +779,11 @@ def others(ids: np.ndarray) -> np.ndarray:
 
 
 CHANGED: dict[str, Callable[[Path], None]] = {
-    "sampled": lambda shard: change_numbers(shard, "tail_ids", 6, others),
+    "sampled": lambda shard: change_numbers(shard, "ids", 6, others),
     "topk": lambda shard: change_numbers(shard, "ids", 6, others),
     "full": lambda shard: change_column(shard, "log_probs", shuffled),
     "hidden": lambda shard: change_column(shard, "hidden", shuffled),
-    "draws": lambda shard: change_numbers(shard, "head_ids", 6, others),
+    "draws": lambda shard: change_numbers(shard, "ids", 6, others),
 }
 
 

@@ -7,6 +7,7 @@ numbers that never fall take fewer: a list of k numbers below 256 in order says 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import gcd
 
 import numpy as np
 
@@ -31,34 +32,34 @@ def pack(numbers: np.ndarray, width: int) -> np.ndarray:
 
 
 def unpack(pieces: Sequence[np.ndarray], counts: np.ndarray, width: int) -> np.ndarray:
-    """The numbers of several calls of `pack`, one after the other: int64.
+    """The numbers of several calls of `pack`, one after the other: unsigned, in 32 bits or in 64.
 
-    Eight numbers take `width` bytes. So the first numbers of all groups of eight stand that many bytes apart, and so do the second ones:
-    each of the eight is cut out of all groups at once.
+    Eight numbers take `width` bytes, and where 2, 4 or 8 divides the width, fewer already fill whole bytes. So the first numbers of all
+    such groups stand equally far apart, and so do the second ones: each of a group is cut out of all groups at once.
 
     Args:
         pieces: What `pack` gave.
         counts: How many numbers each of them holds.
         width: Bits of a number.
     """
-    groups = -(-counts // 8)
-    ends = np.cumsum(groups).tolist()
+    size = 8 // gcd(width, 8)
+    group_bytes = size * width // 8
+    ends = np.cumsum(-(-counts // size)).tolist()
     total = ends[-1] if ends else 0
-    raw = np.zeros(
-        max(1, total) * width + 8, dtype=np.uint8
-    )  # every piece begins with a group; the last number is read with what follows it
-    for piece, start in zip(pieces, [0, *ends], strict=False):
-        raw[start * width : start * width + len(piece)] = piece
-    numbers = np.empty((total, 8), dtype=np.uint64)
-    for place in range(8):
+    raw = np.zeros(max(1, total) * group_bytes + 8, dtype=np.uint8)  # the last number is read with what follows it
+    for piece, start in zip(pieces, [0, *ends], strict=False):  # every piece begins with a group
+        raw[start * group_bytes : start * group_bytes + len(piece)] = piece
+    word = np.uint32 if width <= 25 else np.uint64  # a number that begins anywhere in a byte lies within one of these
+    numbers = np.empty((total, size), dtype=word)
+    for place in range(size):
         byte, shift = divmod(place * width, 8)
-        eight_bytes = np.ndarray((total,), "<u8", raw, offset=byte, strides=(width,))
-        np.right_shift(eight_bytes, np.uint64(shift), out=numbers[:, place])
-    numbers &= np.uint64((1 << width) - 1)
-    flat = numbers.view(np.int64).reshape(-1)
-    if not (counts % 8).any():
+        words = np.ndarray((total,), np.dtype(word).newbyteorder("<"), raw, offset=byte, strides=(group_bytes,))
+        np.right_shift(words, word(shift), out=numbers[:, place])
+    numbers &= word((1 << width) - 1)
+    flat = numbers.reshape(-1)
+    if not (counts % size).any():
         return flat
-    return np.concatenate([flat[8 * start : 8 * start + count] for start, count in zip([0, *ends], counts.tolist(), strict=False)])
+    return np.concatenate([flat[size * start : size * start + count] for start, count in zip([0, *ends], counts.tolist(), strict=False)])
 
 
 # ------------------------------------------------------------------------------------------------------------ rows that never fall

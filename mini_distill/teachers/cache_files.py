@@ -3,7 +3,7 @@
     <cache.dir>/
       cache.json            what it is: kind, teacher, data, tokenizer, sizes
       tokenizer/  head/     what a run needs besides
-      train/shard-00000/    starts.npy, head_ids.npy, …, MANIFEST.json with checksums
+      train/shard-00000/    starts.npy, ids.npy, …, MANIFEST.json with checksums
       held_out/shard-00000/
 
 Arrays are addressed by the number of a sequence and the place of a token among its supervised ones; nothing depends on batches. Some
@@ -143,11 +143,11 @@ class Reading:
         return np.concatenate([shard.part(name, number) for shard, number in self.places])
 
     def packed(self, name: str, counts: np.ndarray, width: int) -> np.ndarray:
-        """A column with `counts` packed numbers of each sequence: int64."""
+        """A column with `counts` packed numbers of each sequence: unsigned."""
         return unpack([shard.part(name, number) for shard, number in self.places], counts, width)
 
     def of_sequences(self, name: str) -> np.ndarray:
-        """A column with a number for each sequence: int64."""
+        """A column with a row for each sequence: int64."""
         return np.array([shard[name][number] for shard, number in self.places], dtype=np.int64)
 
     def check(self, good: np.ndarray, name: str, what: Callable[[int], str]) -> None:

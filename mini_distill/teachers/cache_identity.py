@@ -12,7 +12,7 @@ from ..errors import CacheError, Problem
 from ..storage import atomic_write_text, read_regular
 
 DESCRIPTION = "cache.json"
-FORMAT = 2
+FORMAT = 3
 
 
 def identity(config: CacheConfig, *, data: dict[str, Any], tokenizer: str, teacher: dict[str, Any], precision: str) -> dict[str, Any]:

@@ -33,7 +33,6 @@ SMALLEST_SAMPLED = 1e-6  # weight of a single draw that importance weights can m
 LEAST = -50.0
 """What is less likely in a list is taken for that likely: it would swamp the rest, whose levels lie between the two ends."""
 
-ENTRIES = ("head", "tail")  # streams whose number of entries differs from token to token
 FLOATS = (np.uint16, np.float16, np.float32, np.float64)  # types of hidden states, bfloat16 first
 
 
@@ -117,14 +116,15 @@ class Sampled(Kind):
             self.table, rounding = torch.arange(config.k + 1, dtype=torch.float64) / config.k, 1.0  # whole counts of draws
         self.most = self.table[-1].item() * rounding + 1e-3  # of the mass of a head
         self.entropy_table = torch.linspace(0, math.log(vocab_size), 256, dtype=torch.float64)
-        self.count_bits = {"head": bits_for(config.k), "tail": bits_for(config.k) if threshold else 0}
+        self.streams = 2 if threshold else 1  # head and tail, or no tail
+        self.count_bits = bits_for(config.k)
         self.id_bits, self.level_bits = bits_for(vocab_size - 1), bits_for(len(self.table) - 1)
         self.weights = np.full(2**self.level_bits, np.inf)  # by level; of those that no builder writes the mass is impossible
         self.weights[: len(self.table)] = self.table.numpy()
         self.entropies = self.entropy_table.float().numpy()
 
     def encode(self, logits: Tensor, hidden: Tensor, generator: torch.Generator) -> Columns:
-        """Token numbers, weights and the entropy, these as places in their tables."""
+        """Token by token how many entries it has in head and tail, their numbers, and weights and entropy as places in their tables."""
         log_probs = torch.log_softmax(logits if self.config.temperature == 1 else logits / self.config.temperature, -1)
         probs = log_probs.exp()
         entropies = -log_probs.clamp_(min=-1e30).mul_(probs).sum(-1)  # in float32: it is kept in a byte
@@ -132,67 +132,62 @@ class Sampled(Kind):
             entries = threshold_sample(probs, self.config.k, generator)
         else:
             entries = draw(probs, self.config.k, self.config.proposal, generator)
+        counts, ids = entries.token_by_token()
         return {
-            "head_counts": to_array(entries.head_counts),
-            "tail_counts": to_array(entries.tail_counts),
-            "head_ids": to_array(entries.head_ids),
-            "tail_ids": to_array(entries.tail_ids),
+            "counts": to_array(counts[:, : self.streams]),
+            "ids": to_array(ids),
             "head_levels": to_array(to_levels(entries.head_weights.cpu(), self.table, generator)),
             "entropy": to_array(to_levels(entropies.cpu(), self.entropy_table, generator)),
         }
 
     def pack(self, columns: Columns) -> Columns:
         """All but the entropy; and how many entries there are."""
-        packed = {"entropy": columns["entropy"], "head_levels": pack(columns["head_levels"], self.level_bits)}
-        for name in ENTRIES:
-            packed[f"{name}_counts"] = pack(columns[f"{name}_counts"], self.count_bits[name])
-            packed[f"{name}_ids"] = pack(columns[f"{name}_ids"], self.id_bits)
-            packed[f"{name}_entries"] = np.array([len(columns[f"{name}_ids"])], dtype=np.uint32)
-        return columns | packed
+        return columns | {
+            "entries": columns["counts"].sum(0, keepdims=True).astype(np.uint32),
+            "counts": pack(columns["counts"].reshape(-1), self.count_bits),
+            "ids": pack(columns["ids"], self.id_bits),
+            "head_levels": pack(columns["head_levels"], self.level_bits),
+        }
 
     def check(self, shard: Shard) -> None:
         """A byte for each token, and packed numbers of tokens and of entries."""
         shard.check_rows("entropy", np.uint8)
-        entries = {name: shard.check_column(f"{name}_entries", shard.checksums.shape, np.uint32) for name in ENTRIES}
-        for name in ENTRIES:
-            shard.check_packed(f"{name}_counts", shard.tokens_of_each, self.count_bits[name])
-            shard.check_packed(f"{name}_ids", entries[name], self.id_bits)
-        shard.check_packed("head_levels", entries["head"], self.level_bits)
+        entries = shard.check_column("entries", (len(shard.checksums), self.streams), np.uint32)
+        shard.check_packed("counts", shard.tokens_of_each * self.streams, self.count_bits)
+        shard.check_packed("ids", entries.sum(1), self.id_bits)
+        shard.check_packed("head_levels", entries[:, 0], self.level_bits)
 
     def decode(self, reading: Reading, device: torch.device) -> SparseTargets:
-        """Head and tail entries, put together token by token: those of the head first."""
-        entries = {name: reading.of_sequences(f"{name}_entries") for name in ENTRIES}
-        heads, tails = (self._counts(reading, name, entries[name]) for name in ENTRIES)  # of each token
-        reading.check(heads + tails > 0, "head_counts", lambda _: "and tail_counts are 0 for some token")
-        in_head, in_tail = (np.repeat(np.arange(reading.num_tokens), counts) for counts in (heads, tails))  # the token of each entry
-        head_weights = self.weights[reading.packed("head_levels", entries["head"], self.level_bits)]
+        """Of each token the entries of its head, then those of its tail, which share what the head leaves."""
+        entries = reading.of_sequences("entries")
+        heads, tails = self._counts(reading, entries)
+        counts = heads + tails
+        reading.check(counts > 0, "counts", lambda _: "are 0 for some token")
+        in_head = np.repeat(np.arange(reading.num_tokens), heads)  # the token of each entry of a head
+        head_weights = self.weights[reading.packed("head_levels", entries[:, 0], self.level_bits)]
         mass = np.bincount(in_head, head_weights, reading.num_tokens)
         reading.check(
             mass <= self.most, "head_levels", lambda token: f"give a token a mass of {mass[token]:.4g}, expected at most {self.most:.4g}"
         )
         shares = (1 - mass) / np.maximum(tails, 1)  # seldom a little below 0, which keeps their mean right
+        weights = np.repeat(shares.astype(np.float32), counts)
+        tails_before = np.cumsum(tails) - tails
+        weights[np.arange(len(in_head)) + tails_before[in_head]] = head_weights
 
-        head_ends, ends = np.cumsum(heads), np.cumsum(heads + tails)
-        at_head = np.arange(len(in_head)) + (ends - head_ends - tails)[in_head]
-        at_tail = np.arange(len(in_tail)) + head_ends[in_tail]
-        ids, weights = np.empty(len(in_head) + len(in_tail), np.int64), np.empty(len(in_head) + len(in_tail), np.float32)
-        ids[at_head], weights[at_head] = self._ids(reading, "head_ids", entries["head"], in_head), head_weights
-        ids[at_tail], weights[at_tail] = self._ids(reading, "tail_ids", entries["tail"], in_tail), shares[in_tail]
-        entropies = self.entropies[reading.rows("entropy")]
-        return SparseTargets(SampledRows(*map(torch.from_numpy, (np.append(0, ends), ids, weights, entropies))).to(device))
+        ends = np.cumsum(counts)
+        ids = reading.packed("ids", entries.sum(1), self.id_bits)
+        check_ids(reading, "ids", ids, self.vocab_size, lambda place: int(np.searchsorted(ends, place, side="right")))
+        offsets, entropies = np.append(0, ends), self.entropies[reading.rows("entropy")]
+        return SparseTargets(SampledRows(*map(torch.from_numpy, (offsets, ids.astype(np.int64), weights, entropies))).to(device))
 
-    def _counts(self, reading: Reading, name: str, entries: np.ndarray) -> np.ndarray:
-        """Entries of each token; they are those of the sequence."""
-        counts = reading.packed(f"{name}_counts", reading.tokens_of_each, self.count_bits[name])
-        ends = np.append(0, np.cumsum(counts))[np.append(0, np.cumsum(reading.tokens_of_each))]
-        reading.check_sequences(np.diff(ends) == entries, f"{name}_counts", "do not match the entries of each sequence")
-        return counts
-
-    def _ids(self, reading: Reading, name: str, entries: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """Token numbers, which are those of the vocabulary; `tokens` says whose they are."""
-        ids = reading.packed(name, entries, self.id_bits)
-        check_ids(reading, name, ids, self.vocab_size, lambda place: int(tokens[place]))
-        return ids
+    def _counts(self, reading: Reading, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Entries of each token in its head and in its tail: int64; they are those of the sequence."""
+        packed = reading.packed("counts", reading.tokens_of_each * self.streams, self.count_bits)
+        counts = packed.reshape(-1, self.streams).astype(np.int64)
+        up_to = np.concatenate([np.zeros_like(counts[:1]), np.cumsum(counts, axis=0)])
+        of_each = np.diff(up_to[np.append(0, np.cumsum(reading.tokens_of_each))], axis=0)
+        reading.check_sequences((of_each == entries).all(1), "counts", "do not match the entries of each sequence")
+        return counts[:, 0], counts[:, 1] if self.streams == 2 else np.zeros_like(counts[:, 0])
 
     def captured_mass(self, probs: Tensor) -> Tensor:
         """What is above the threshold; of independent draws nothing is certain, so what a draw would miss is left out."""
@@ -261,7 +256,7 @@ class TopK(Kind):
         mass = np.einsum("tk->t", np.exp(log_probs)) + tail  # a sum of short rows, quicker than sum
         most = np.exp((first - last) / 510 - last * 2**-10) + 1e-3  # half a level, and the rounding of the ends
         reading.check(mass <= most, "levels", lambda token: f"give a token a mass of {mass[token]:.4g}")
-        listed, values, rest = map(torch.from_numpy, (ids, log_probs, tail))
+        listed, values, rest = map(torch.from_numpy, (ids.astype(np.int64), log_probs, tail))
         return SparseTargets(TopKRows(listed, values, rest, self.config.tail == "spread").to(device))
 
     def _levels(self, reading: Reading) -> np.ndarray:

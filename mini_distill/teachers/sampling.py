@@ -32,6 +32,13 @@ class Entries:
     tail_counts: Tensor
     tail_ids: Tensor
 
+    def token_by_token(self) -> tuple[Tensor, Tensor]:
+        """`(n, 2)` counts of heads and tails; and the token numbers of each position, those of its head first."""
+        position = torch.arange(len(self.head_counts), device=self.head_ids.device)
+        of_each = torch.cat([position.repeat_interleave(counts) for counts in (self.head_counts, self.tail_counts)])
+        order = of_each.argsort(stable=True)
+        return torch.stack([self.head_counts, self.tail_counts], -1), torch.cat([self.head_ids, self.tail_ids])[order]
+
 
 def threshold_sample(probs: Tensor, k: int, generator: torch.Generator) -> Entries:
     """Every token of probability 1/k or more exactly, and a few of the others that stand for all of them. At most k + 1 entries.

@@ -48,7 +48,8 @@ def test_a_list_takes_so_many_bytes_a_token(k: int, vocab_size: int, most: int) 
 def test_a_sample_takes_the_bits_of_its_numbers(sampling: str) -> None:
     kind = Sampled(CacheConfig(kind="sampled", k=50, sampling=sampling), VOCAB)
     columns = kind.encode(peaked(64), torch.zeros(64, 1), DRAW)
-    heads, tails = len(columns["head_ids"]), len(columns["tail_ids"])
+    heads = len(columns["head_levels"])
+    tails = len(columns["ids"]) - heads
     bits = 64 * (8 + 2 * 6) + heads * (15 + 8) + tails * 15 if sampling == "threshold" else 64 * (8 + 6) + heads * (15 + 6)
     size = sum(column.nbytes for column in kind.pack(columns).values())
     assert bits / 8 <= size <= bits / 8 + 5 + 8  # every column begins at a byte; two numbers say how many entries there are

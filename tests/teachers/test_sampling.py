@@ -246,12 +246,11 @@ def test_as_many_entries_as_the_bits_of_a_count_can_hold(k: int, settings: dict[
     flat = torch.full((2, 30_000), 1 / 30_000) * (1 + 2e-7)
     columns = kind.encode(flat.log(), torch.zeros(2, 1), generator())
     packed = kind.pack(columns)
-    for name in ("head", "tail"):
-        counts = unpack([packed[f"{name}_counts"]], np.array([2]), kind.count_bits[name])
-        assert counts.sum() == len(columns[f"{name}_ids"]) == packed[f"{name}_entries"][0]
+    counts = unpack([packed["counts"]], np.array([2 * kind.streams]), kind.count_bits)
+    assert counts.sum() == len(columns["ids"]) == packed["entries"].sum()
 
 
 def test_fifty_draws_take_as_many_bits_as_they_need() -> None:
     """Counts up to 50 are 6 bits, and a token of 128,256 is 17: a dozen entries are published as 36 bytes."""
     kind = Sampled(CacheConfig(kind="sampled", k=50, sampling="draws"), 128_256)
-    assert (kind.count_bits, kind.level_bits, kind.id_bits) == ({"head": 6, "tail": 0}, 6, 17)
+    assert (kind.count_bits, kind.level_bits, kind.id_bits) == (6, 6, 17)
