@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from .cli import report
 from .errors import ConfigError, MiniDistillError, StorageError
+from .storage import near_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +47,7 @@ def digest_run(path: Path | str) -> str:
 
     path = Path(path)
     if not path.is_dir():
-        raise ConfigError(str(path), "no such folder (expected the output_dir of a run)")
+        raise ConfigError(str(path), "no such folder (expected the output_dir of a run)", near_folder(path))
     checkpoint = Checkpoints(path / "checkpoints", keep=1).newest()
     if checkpoint is None:
         raise StorageError(str(path), "holds no checkpoint (expected the output_dir of a run)")

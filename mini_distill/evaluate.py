@@ -46,7 +46,7 @@ from .evaluation.evaluator import smaller_batches
 from .evaluation.hooks import EvaluationContext, Hook, load_hooks, run_hooks
 from .evaluation.model_card import with_evaluation
 from .evaluation.samples import Sample, format_samples, side_by_side
-from .evaluation.speed import forward_tokens_per_second, num_parameters
+from .evaluation.speed import device_name, forward_tokens_per_second, num_parameters
 from .evaluation.table import format_table, format_tasks
 from .evaluation.tasks import check_tasks, run_tasks
 from .models.loading import load_causal_lm, load_tokenizer
@@ -156,7 +156,11 @@ def measure(e: Evaluation, hooks: list[Hook], figures: Figures) -> None:
     with memory_errors("evaluation.batch_size", f"with {config.batch_size} sequences", remedies):
         look.over(batches(e), e.autocast, show_progress=True)
     sizes: dict[str, float] = {f"model/{name}_parameters": num_parameters(model) for name, model in e.models.items()}
-    figures.add(sizes | look.metrics() | {"data/held_out_supervised_tokens": e.held_out.num_supervised}, **look.details())
+    figures.add(
+        sizes | look.metrics() | {"data/held_out_supervised_tokens": e.held_out.num_supervised},
+        **look.details(),
+        device=device_name(e.device),
+    )
 
     context = EvaluationContext(
         e.models["student"], e.teacher, e.tokenizer, 0, lambda: batches(e), e.device, folder, gather_sum=lambda value: value

@@ -17,7 +17,7 @@ from .distillation import Distillation
 from .evaluation.close_look import CloseLook, parts_of_mixture, write_details
 from .evaluation.model_card import CardFacts, write_model_card
 from .evaluation.samples import Sample, format_samples
-from .evaluation.speed import forward_tokens_per_second, num_parameters
+from .evaluation.speed import device_name, forward_tokens_per_second, num_parameters
 from .evaluation.table import build_summary, format_table
 from .models.head import embedding_rows
 from .models.loading import quiet
@@ -58,7 +58,7 @@ def write_result(d: Distillation, control: dict[str, Any] | None = None) -> dict
     compared = {} if control is None else against_control(after, control)
     summary = build_summary(metrics_at(d, 0), after | further, _facts(d, exported_step) | compared)
     if d.accelerator.is_main_process:
-        write_details(d.run.path, look.details() if look is not None else {}, samples)
+        write_details(d.run.path, (look.details() if look is not None else {}) | {"device": device_name(d.accelerator.device)}, samples)
         facts = CardFacts(
             config=d.config,
             objective=d.objective.formula(),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .cli import load_config
 from .config import CacheCommand, Config, EvaluateCommand, GenerateCommand
 from .errors import ConfigError, MiniDistillError
+from .storage import near_folder
 from .written import read_object, read_rows, read_settings
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ class Run:
         self.path = Path(path).expanduser()
         file = self.path / "config.yaml"
         if not file.exists():
-            raise ConfigError("path", f"'{path}' is not the folder of a run (no config.yaml)", "Give the output_dir of a run.")
+            what = f"'{path}' is not the folder of a run (no config.yaml)"
+            raise ConfigError("path", what, near_folder(self.path) or "Give the output_dir of a run.")
         self.config: dict[str, Any] = read_settings(file)
 
     @property

@@ -17,6 +17,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -402,6 +403,16 @@ def _linked_folders(folder: Path) -> Iterator[Path]:
 
 
 # ------------------------------------------------------------------------------------------------------------- before the start
+
+
+def near_folder(path: Path) -> str:
+    """`Did you mean 'runs/default'?` of a folder that is not there, or the empty string when none beside it is called alike."""
+    try:
+        beside = [] if path.exists() else [other.name for other in path.parent.iterdir() if other.is_dir()]
+    except OSError:
+        return ""
+    near = get_close_matches(path.name, beside, n=1)
+    return f"Did you mean '{path.parent / near[0]}'?" if near else ""
 
 
 def check_writable(path: Path | str, needed_bytes: int = 0) -> None:

@@ -167,12 +167,13 @@ def _teacher(finished: Path) -> str:
 
 def test_details_hold_what_is_no_flat_number(finished: Path, measured: dict[str, Any]) -> None:
     details = json.loads((finished / "evaluation" / "details.json").read_text())
-    assert set(details) == {"reliability", "slices", "differences", "samples"}
+    assert set(details) == {"reliability", "slices", "differences", "samples", "device"} and details["device"]
     assert set(details["reliability"]) == {"student", "teacher"} and len(details["samples"]) == 2
     assert {"position", "teacher_entropy"} == set(details["slices"])
     whole = json.loads((finished / "summary.json").read_text())
     of_run = json.loads((finished / "details.json").read_text())
     assert sum(part["tokens"] for part in of_run["slices"]["position"]) == whole["eval/tokens"]
+    assert of_run["device"] == details["device"]
 
 
 def test_the_command_line_wins_over_the_run(finished: Path) -> None:

@@ -68,7 +68,13 @@ def test_a_report_needs_no_torch(tmp_path: Path) -> None:
 
 def test_what_is_no_folder_of_ours_is_said_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty" / "deeper").mkdir(parents=True)
-    assert error_of(tmp_path / "gone", capsys=capsys)[0] == 2
+    code, line = error_of(tmp_path / "gone", capsys=capsys)
+    assert (
+        code == 2 and line == f"error: {tmp_path / 'gone'}: no such folder. Give the output_dir of a run, of an evaluation or of a sweep."
+    )
+    assert error_of(tmp_path / "emtpy", capsys=capsys)[1].endswith(f"no such folder. Did you mean '{tmp_path / 'empty'}'?")
+    with pytest.raises(MiniDistillError, match=r"Did you mean '.*empty'"):
+        md.load_run(tmp_path / "emtpy")
     code, line = error_of(tmp_path / "empty", capsys=capsys)
     assert code == 2 and line.startswith(f"error: {tmp_path / 'empty'}: neither a run nor an evaluation")
 

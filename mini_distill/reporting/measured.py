@@ -13,6 +13,7 @@ from ..comparable import what_differs
 from ..errors import ConfigError, StorageError
 from ..folder_lock import is_abandoned
 from ..redaction import redact
+from ..storage import near_folder
 from ..written import read_object, read_rows, read_settings, remedy_for
 from .places import place_of, without_paths
 
@@ -124,7 +125,7 @@ def open_measured(path: Path) -> Measured:
         StorageError: a file in it is damaged: which, and on what line.
     """
     if not path.is_dir():
-        raise ConfigError(str(path), "no such folder", "Give the output_dir of a run, of an evaluation or of a sweep.")
+        raise ConfigError(str(path), "no such folder", near_folder(path) or "Give the output_dir of a run, of an evaluation or of a sweep.")
     if not is_measured(path):
         raise ConfigError(str(path), "neither a run nor an evaluation (no status.json, summary.json or config.yaml)", "Give an output_dir.")
     summary, details = read_object(path / "summary.json"), _details(path / "details.json")
@@ -230,6 +231,7 @@ SHAPES: Mapping[str, Shape] = {
     "differences": _objects_with("tokens"),
     "samples": _samples,
     "tasks": _tasks,
+    "device": lambda value: isinstance(value, str),
 }
 
 

@@ -69,7 +69,7 @@ def page_of_run(found: Measured) -> str:
             held_out=run_page.held_out(found),
             drawn_items=run_page.drawn_items(found),
             decoding=run_page.decoding(found),
-            threads=run_page.threads(found),
+            timed_on=run_page.timed_on(found),
             curves=run_page.curves(found),
             reliability=close_look.reliability(found),
             slices=close_look.slices(found),

@@ -213,11 +213,12 @@ def decoding(found: Measured) -> str:
     )
 
 
-def threads(found: Measured) -> str:
-    """How many of the machine's the times took, where that was settled."""
+def timed_on(found: Measured) -> str:
+    """What the times were taken on, and with how many threads where that was settled."""
     trained_with = None if found.evaluator else (found.config.get("trainer") or {}).get("num_threads")
     number = found.evaluator.get("num_threads") or trained_with
-    return f" with num_threads = {number}" if number else ""
+    device = found.details.get("device") or "the machine that measured"
+    return f"{device} with num_threads = {number}" if number else device
 
 
 def generations(found: Measured) -> Table | None:
