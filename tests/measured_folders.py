@@ -122,7 +122,9 @@ def details(text: str = " def") -> dict[str, Any]:
         "reliability": {"student": bins, "teacher": bins},
         "slices": {"position": parts, "teacher_entropy": parts, f"language {text}": column},
         "differences": [{"row": f"a.py {text}", "forward_kl": 3.875, "tokens": tokens}],
-        "tasks": {"blimp": {"kind": "accuracy", "items": 100, "groups": [{"label": "agreement", "items": 40, "student": 0.7}]}},
+        "tasks": {
+            "blimp": {"kind": "accuracy", "items": 100, "chance": 0.5, "groups": [{"label": "agreement", "items": 40, "student": 0.7}]}
+        },
         "device": f"an abacus{text}",
         "samples": [{"prompt": f"import {text}", "continuations": {"teacher": f"os {text}", "student": f"re {text}"}}],
     }

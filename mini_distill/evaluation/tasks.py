@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -63,11 +64,12 @@ def run_tasks(
         better = score([encode(tokenizer, "", pair.better) for pair in pairs], name)
         worse = score([encode(tokenizer, "", pair.worse) for pair in pairs], name)
         scores = {model: preferred(better[model], worse[model]) for model in wrapped}
-        yield _figures(name, kind, [pair.group for pair in pairs], scores)
+        yield _figures(name, kind, [pair.group for pair in pairs], scores, chance=0.5)
     for name, (questions, normalise) in _choices(config, seed).items():
         texts = [encode(tokenizer, question.question, f" {choice}") for question in questions for choice in question.choices]
         scores = {model: _right(questions, values, normalise) for model, values in score(texts, name).items()}
-        yield _figures(name, "accuracy", [question.group for question in questions], scores)
+        chance = fmean(1 / len(question.choices) for question in questions)
+        yield _figures(name, "accuracy", [question.group for question in questions], scores, chance)
     for task, metrics in run_harness(config.tasks, models, tokenizer, batch_size=config.batch_size, limit=config.task_limit).items():
         main = main_metric(metrics)
         found = {f"task/{_key(task)}/{model}": value for model, value in metrics[main].items()}
@@ -96,8 +98,10 @@ def _right(questions: Sequence[Question], scores: Sequence[float], normalise: st
     return right
 
 
-def _figures(name: str, kind: str, groups: Sequence[str], scores: Mapping[str, Sequence[float]]) -> tuple[dict[str, float], Details]:
-    """Of a task, over all its items and by group, flat and as tables."""
+def _figures(
+    name: str, kind: str, groups: Sequence[str], scores: Mapping[str, Sequence[float]], chance: float
+) -> tuple[dict[str, float], Details]:
+    """Of a task, over all its items and by group, flat and as tables; with what guessing gets."""
     items, task = len(groups), f"task/{_key(name)}"
     found = {f"{task}/items": float(items)}
     rows: dict[str, dict[str, Any]] = {}
@@ -108,7 +112,7 @@ def _figures(name: str, kind: str, groups: Sequence[str], scores: Mapping[str, S
             rows.setdefault(group, {"label": group, "items": count})[model] = mean
             if len(by_group) > 1:
                 found |= _with_error(f"{task}/{_key(group)}/{model}", mean, count, kind)
-    return found, {name: {"kind": kind, "items": items, "groups": list(rows.values())}}
+    return found, {name: {"kind": kind, "items": items, "chance": chance, "groups": list(rows.values())}}
 
 
 def _with_error(key: str, mean: float, items: int, kind: str) -> dict[str, float]:

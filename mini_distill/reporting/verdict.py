@@ -11,7 +11,7 @@ from ..compare import has_teacher_signal, interval
 from ..evaluation.table import percent
 from .comparison import GAP, SPEEDS, Group, label_of, quotient
 from .figures import Figure, Numbered, factor, points, text_of, unit_of
-from .measured import Measured
+from .measured import Measured, finite
 from .run_page import has_objective
 from .sweep import Sweep
 from .task_tables import further_from_half, groups_of
@@ -178,7 +178,12 @@ def _skill(group: Group, name: str, key: str) -> Parts:
     error = group.made([f"{key}_standard_error" for key in keys], math.hypot, points)
     doubt: Parts = () if error is None else (" (standard error ", replace(error, spread=""), ")")
     alike = error is not None and abs(below.value or 0) <= TOLD_APART * (error.value or 0)
-    return (f"On {name} it gets ", student, ", ", _unsigned(below), f" {direction} its teacher", *doubt, f"{': not told apart' * alike}. ")
+    chance = finite(group.members[0].details["tasks"][name].get("chance"))
+    guessing: Parts = (
+        () if chance is None else (" (guessing: ", Figure(percent(chance), f"tasks/{name}/chance", chance, group.members[0].place), ")")
+    )
+    said = f"On {name} it gets ", student, *guessing, ", ", _unsigned(below), f" {direction} its teacher", *doubt
+    return (*said, f"{': not told apart' * alike}. ")
 
 
 def _bias(group: Group, name: str, key: str) -> Parts:

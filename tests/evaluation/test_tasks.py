@@ -122,7 +122,7 @@ def test_accuracy_is_the_share_of_likelier_good_sentences(score: Any, jsonl: Any
         share = (right[0] + right[2]) / 2
         assert found[f"task/blimp/agreement/{name}_standard_error"] == pytest.approx(math.sqrt(share * (1 - share) / 2))
     assert not any(key.endswith("_from_half") for key in found)  # right or wrong is no matter of preference
-    assert found["task/blimp/items"] == 3 and details["blimp"]["kind"] == "accuracy"
+    assert found["task/blimp/items"] == 3 and details["blimp"]["kind"] == "accuracy" and details["blimp"]["chance"] == 0.5
     assert [group["label"] for group in details["blimp"]["groups"]] == ["agreement", "anaphor"]
 
 
@@ -178,7 +178,8 @@ QUESTIONS = [
 
 @pytest.mark.parametrize("normalise", ["characters", "none"])
 def test_the_likeliest_answer_is_taken(score: Any, jsonl: Any, tiny_llama: Any, tiny_tokenizer: Any, normalise: str) -> None:
-    found, _ = score(choices={"quiz": {"path": jsonl(QUESTIONS), "group_column": "topic", "normalise": normalise}})
+    found, details = score(choices={"quiz": {"path": jsonl(QUESTIONS), "group_column": "topic", "normalise": normalise}})
+    assert details["quiz"]["chance"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 2) / 3)
     model, right = tiny_llama(seed=0), []
     for row, answer in zip(QUESTIONS, (0, 2, 1), strict=True):
         values = []

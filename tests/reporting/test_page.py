@@ -137,6 +137,7 @@ def sources(folder: Path) -> dict[str, float]:
             found |= {f"differences/{i}/tokens/{j}/{key}": value for key, value in token.items()}
     for name, task in look["tasks"].items():
         found |= {f"tasks/{name}/{group['label']}/items": group["items"] for group in task["groups"]}
+        found[f"tasks/{name}/chance"] = task["chance"]
     return found
 
 

@@ -34,7 +34,10 @@ def test_the_words_say_what_the_figures_say(tmp_path: Path) -> None:
     assert "One seed cannot tell a small difference from chance." in said
     assert "By how much? Perplexity 33.12 instead of the control's 49.40; the teacher's is 12.18. That closes 28.6 % of the gap" in said
     assert "What was lost? Its loss is 1.000 nats per token higher than the teacher's." in said
-    assert "the same token the most likely at 41.7 % of the places. On blimp it gets 75.0 %, 10.0 points below its teacher." in said
+    assert (
+        "the same token the most likely at 41.7 % of the places. On blimp it gets 75.0 % (guessing: 50.0 %), 10.0 points below its teacher."
+        in said
+    )
     assert "What was saved? It has 33.3 % of the teacher's parameters and reads text 3.00 times as fast" in said
 
 
@@ -45,7 +48,7 @@ def test_a_difference_on_a_task_is_held_against_its_error(tmp_path: Path, error:
     """`4.3 points below its teacher` stood on top, of scores that were both within their error of guessing."""
     errors = {f"task/blimp/{model}_standard_error": error for model in ("student", "teacher")}
     told = words(write_run(tmp_path / "run", summary=summary(3.5, 8) | errors))
-    assert f"On blimp it gets 75.0 %, 10.0 points below its teacher {said}" in told
+    assert f"On blimp it gets 75.0 % (guessing: 50.0 %), 10.0 points below its teacher {said}" in told
 
 
 def test_the_words_do_not_praise_what_did_not_help(tmp_path: Path) -> None:

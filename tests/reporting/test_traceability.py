@@ -76,6 +76,7 @@ def _figures(folder: Path) -> Iterator[tuple[str, Any]]:
             yield from ((f"differences/{i}/tokens/{j}/{key}", value) for key, value in token.items())
     for name, task in look.get("tasks", {}).items():
         yield from ((f"tasks/{name}/{group['label']}/items", group.get("items")) for group in task["groups"])
+        yield f"tasks/{name}/chance", task.get("chance")
 
 
 def made_of(values: tuple[float, ...]) -> set[float]:
