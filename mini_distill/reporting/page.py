@@ -107,7 +107,7 @@ def page_of_sweep(found: sweep.Sweep) -> str:
     """A sweep."""
     return _page_of_groups(
         found.groups,
-        title=f"Sweep {found.path.resolve().name}",
+        title=f"Sweep of {', '.join(found.columns)}" if found.columns else f"Sweep {found.path.resolve().name}",
         sweep=found,
         lead=verdict.best_of_sweep(found),
         answers=verdict.answers_of_groups([found.best]),
