@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from .cli import report
 from .errors import ConfigError, MiniDistillError, StorageError
-from .storage import near_folder
+from .storage import near_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,7 +47,7 @@ def digest_run(path: Path | str) -> str:
 
     path = Path(path)
     if not path.is_dir():
-        raise ConfigError(str(path), "no such folder (expected the output_dir of a run)", near_folder(path))
+        raise ConfigError(str(path), "no such folder (expected the output_dir of a run)", near_path(path))
     checkpoint = Checkpoints(path / "checkpoints", keep=1).newest()
     if checkpoint is None:
         raise StorageError(str(path), "holds no checkpoint (expected the output_dir of a run)")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .cli import load_config
 from .config import CacheCommand, Config, EvaluateCommand, GenerateCommand
 from .errors import ConfigError, MiniDistillError
-from .storage import near_folder
+from .storage import near_path
 from .written import read_object, read_rows, read_settings
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Run:
         file = self.path / "config.yaml"
         if not file.exists():
             what = f"'{path}' is not the folder of a run (no config.yaml)"
-            raise ConfigError("path", what, near_folder(self.path) or "Give the output_dir of a run.")
+            raise ConfigError("path", what, near_path(self.path) or "Give the output_dir of a run.")
         self.config: dict[str, Any] = read_settings(file)
 
     @property

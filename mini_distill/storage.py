@@ -405,13 +405,13 @@ def _linked_folders(folder: Path) -> Iterator[Path]:
 # ------------------------------------------------------------------------------------------------------------- before the start
 
 
-def near_folder(path: Path) -> str:
-    """`Did you mean 'runs/default'?` of a folder that is not there, or the empty string when none beside it is called alike."""
+def near_path(path: Path) -> str:
+    """`Did you mean 'runs/default'?` of a file or folder that is not there, or the empty string when nothing beside it is called alike."""
     try:
-        beside = [] if path.exists() else [other.name for other in path.parent.iterdir() if other.is_dir()]
-    except OSError:
+        beside = [] if path.exists() else sorted(os.listdir(path.parent))
+    except (OSError, ValueError):  # as a path can be too long, or have a NUL in it
         return ""
-    near = get_close_matches(path.name, beside, n=1)
+    near = get_close_matches(path.name, beside, n=1, cutoff=0.7)
     return f"Did you mean '{path.parent / near[0]}'?" if near else ""
 
 

@@ -13,7 +13,7 @@ from ..comparable import what_differs
 from ..errors import ConfigError, StorageError
 from ..folder_lock import is_abandoned
 from ..redaction import redact
-from ..storage import near_folder
+from ..storage import near_path
 from ..written import read_object, read_rows, read_settings, remedy_for
 from .places import place_of, without_paths
 
@@ -125,7 +125,7 @@ def open_measured(path: Path) -> Measured:
         StorageError: a file in it is damaged: which, and on what line.
     """
     if not path.is_dir():
-        raise ConfigError(str(path), "no such folder", near_folder(path) or "Give the output_dir of a run, of an evaluation or of a sweep.")
+        raise ConfigError(str(path), "no such folder", near_path(path) or "Give the output_dir of a run, of an evaluation or of a sweep.")
     if not is_measured(path):
         raise ConfigError(str(path), "neither a run nor an evaluation (no status.json, summary.json or config.yaml)", "Give an output_dir.")
     summary, details = read_object(path / "summary.json"), _details(path / "details.json")
