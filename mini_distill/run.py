@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +33,7 @@ class Run:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path).expanduser()
         file = self.path / "config.yaml"
-        if not file.exists():
+        if not os.path.exists(file):  # False also for what cannot be a path, where that of Path raises
             what = f"'{path}' is not the folder of a run (no config.yaml)"
             raise ConfigError("path", what, near_path(self.path) or "Give the output_dir of a run.")
         self.config: dict[str, Any] = read_settings(file)

@@ -75,6 +75,8 @@ def test_what_is_no_folder_of_ours_is_said_so(tmp_path: Path, capsys: pytest.Cap
     assert error_of(tmp_path / "emtpy", capsys=capsys)[1].endswith(f"no such folder. Did you mean '{tmp_path / 'empty'}'?")
     with pytest.raises(MiniDistillError, match=r"Did you mean '.*empty'"):
         md.load_run(tmp_path / "emtpy")
+    with pytest.raises(MiniDistillError, match="is not the folder of a run"):
+        md.load_run("a" * 5000)
     code, line = error_of(tmp_path / "empty", capsys=capsys)
     assert code == 2 and line.startswith(f"error: {tmp_path / 'empty'}: neither a run nor an evaluation")
 
