@@ -122,7 +122,7 @@ class ObjectiveConfig:
     terms: dict[str, Any] = option({}, "Further terms: name -> {weight, kind, …}, see TermConfig; the kind is the name unless given")
     schedules: dict[str, Any] = option({}, "Term's name, or ce -> {step: factor on its weight}, linear between the steps given, constant outside")
     compile: bool | None = option(None, "Compile the terms (torch.compile): one kernel in place of a dozen passes over the logits. null: with trainer.compile, and on a GPU with Triton, unless a function of your own is among them. What cannot be compiled runs as it is, and says so")
-    logits_memory_mib: float | None = option(None, "Budget for the logits that exist at once, student's and teacher's; null: 256 on a CPU, 1024 on a GPU. Changes results by rounding only; teacher_sample_ce draws otherwise", above=0)
+    logits_memory_mib: float | None = option(None, "Budget for the logits that exist at once, student's and teacher's; what terms make of them on top is at most 1 MiB a tensor on a CPU, 128 on a GPU. null: 256 on a CPU, 1024 on a GPU. Changes results by rounding only; teacher_sample_ce draws otherwise", above=0)
 
 
 @dataclass

@@ -145,7 +145,7 @@ def optimizer_step(d: Distillation, micro_batches: list[Batch], step: int) -> di
 
     grad_norm = clip_gradient(d.student, d.config.trainer.max_grad_norm)
     row_loss = partial(distill_step, d.language_model, d.teacher, objective=objective, autocast=autocast)
-    check_finite(d, sums, grad_norm, micro_batches, step, row_loss)  # the one synchronisation point of the step
+    check_finite(d, sums, grad_norm, micro_batches, step, row_loss)  # here the host waits for the step
 
     set_learning_rate(d.optimizer, learning_rate(step, d.config.trainer))
     d.optimizer.step()

@@ -99,8 +99,22 @@ CONTRADICTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("objective.terms.x.kind", {"objective": {"terms": {"x": {"kind": "hidden_msc"}}}}, "Did you mean 'hidden_mse'?"),
     ("objective.terms.jsd.options.jsd_bta", {"objective": {"terms": {"jsd": {"options": {"jsd_bta": 1}}}}}, "jsd_beta"),
     ("objective.terms.jsd.layers", {"objective": {"terms": {"jsd": {"layers": "last"}}}}, "what comes out of the models"),
-    ("objective.terms.forward_kl", {"objective": {"terms": {"forward_kl": {}}}}, "name of another term"),
-    ("objective.terms.ce", {"objective": {"terms": {"ce": {"kind": "jsd"}}}}, "name of another term"),
+    ("objective.terms.forward_kl", {"objective": {"terms": {"forward_kl": {}}}}, "name of another figure or term"),
+    ("objective.terms.ce", {"objective": {"terms": {"ce": {"kind": "jsd"}}}}, "name of another figure or term"),
+    *(
+        (f"objective.terms.{name}", {"objective": {"terms": {name: {"kind": "jsd"}}}}, "name of another figure")
+        for name in ("loss", "grad_norm", "learning_rate", "tokens")
+    ),
+    *(
+        ("objective.divergence", {"objective": {"divergence": f"mine.{name}"}}, f"the name '{name}' is that of another figure")
+        for name in ("ce", "loss", "grad_norm", "learning_rate", "tokens")
+    ),
+    ("objective.schedules.ce", {"objective": {"ce_weight": 0.0, "schedules": {"ce": {0: 1, 10: 0}}}}, "weight is 0 at every step"),
+    (
+        "objective.schedules.jsd",
+        {"objective": {"terms": {"jsd": {"weight": 0.0}}, "schedules": {"jsd": {0: 1}}}},
+        "weight is 0 at every step",
+    ),
     ("objective.terms.hidden_mse.layer_map", {"objective": {"terms": {"hidden_mse": {"layers": "last", "layer_map": {0: 1}}}}}, "Name one"),
     ("objective.terms.hidden_mse.layer_map", {"objective": {"terms": {"hidden_mse": {"layer_map": {"a": 1}}}}}, "whole numbers"),
     (

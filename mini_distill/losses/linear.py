@@ -3,7 +3,7 @@
 With a vocabulary of 128k entries, the logits of 4096 tokens are 2 GB, for the student and again for the teacher, and each step
 of a softmax another 2 GB; peers keep several of them until backward. Here each chunk of tokens is taken through both heads, the
 terms and the gradient at once, and only the gradients of the hidden states and of the head's weights, which are small, wait for
-backward. The matrix products are the same as without chunks; nothing is computed twice.
+backward. The matrix products are the same as without chunks, each done once.
 
 Any function of logits that gives a value per token can be a term: its own gradient is taken by autograd, within a tile of a few
 rows that stays in a processor's cache.
@@ -30,6 +30,9 @@ With half of it a step takes a tenth longer there, since each product packs the 
 
 TILE = 2**18
 """Logits, 1 MB in float32, whose terms are computed at a time on a CPU: the dozen passes of a softmax then run in its cache."""
+
+GPU_TILE = 2**25
+"""The same on a GPU, 128 MB: of a term that is not compiled each step makes a tensor of that size, and a chunk is larger."""
 
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -97,8 +100,8 @@ def linear_terms(
 ) -> tuple[Tensor, Tensor]:
     """The weighted sum of the terms over all tokens, with its gradient, and the sum of each.
 
-    Equal to `terms(head(hidden), teacher, targets)` up to rounding. In bfloat16 it is nearer to the exact value than that: the
-    products are summed and the logits kept in float32.
+    Equal to `terms(head(hidden), teacher, targets)` up to rounding. Of a plain linear layer in bfloat16 it is nearer to the exact
+    value than that: the products are summed and the logits kept in float32.
 
     Args:
         hidden: `(N, H)`, the input of the student's head. No token at all is allowed; the loss is then exactly 0, with a graph.
@@ -152,8 +155,8 @@ class _Call:
         self.need_gradient = torch.is_grad_enabled()  # inside the function it never is
 
     def chunks(self, tokens: int, vocab: int) -> list[slice]:
-        """Even cuts of the tokens, so that student's and teacher's logits of a chunk fit the budget in float32."""
-        rows = max(1, int(self.memory / (2 * 4 * vocab)))
+        """Even cuts of the tokens, so that the logits of a chunk fit the budget in float32: student's and teacher's, and what was called."""
+        rows = max(1, int(self.memory / ((2 if self.plain else 3) * 4 * vocab)))
         count = -(-tokens // rows)
         rows = -(-tokens // count) if count else 1
         return [slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows)]
@@ -161,7 +164,8 @@ class _Call:
     def terms_and_gradient(self, logits: Tensor, teacher: Any, targets: Tensor, need_gradient: bool) -> Tensor:
         """The sums of the terms over a chunk `(K,)`; its logits are overwritten with their gradient."""
         rows, vocab = logits.shape
-        tile = rows if logits.device.type != "cpu" else max(torch.get_num_threads(), TILE // vocab)
+        on_cpu = logits.device.type == "cpu" and not on_gpu(logits)
+        tile = max(torch.get_num_threads(), TILE // vocab) if on_cpu else max(1, GPU_TILE // vocab)
         total: Tensor | None = None
         for start in range(0, rows, tile):
             part = slice(start, start + tile)
@@ -260,7 +264,7 @@ class _AnyHead:
         with torch.set_grad_enabled(any(self.need)):
             self.leaf = self.hidden[rows].detach().requires_grad_(any(self.need))
             self.output = self.call.head.module(self.leaf)[:, : self.vocab]
-        return at_least_float32(self.output.detach()).clone()
+        return self.output.detach().to(torch.promote_types(self.output.dtype, torch.float32), copy=True)
 
     def backward(self, rows: slice, gradient: Tensor) -> None:
         """Add a chunk's part to the gradients."""

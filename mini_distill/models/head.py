@@ -58,6 +58,14 @@ class OutputHead:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
 
+    def adjust_(self, logits: Tensor) -> Tensor:
+        """The same in the place of logits that nobody else has and no gradient goes through: a chunk of them is large."""
+        if self.scale != 1.0:
+            logits.mul_(self.scale)
+        if self.softcap is not None:
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits
+
     @torch.no_grad()
     def wide_logits(self, hidden: Tensor, vocab_size: int | None, scratch: Scratch) -> Tensor:
         """The logits summed in float32 or wider, whatever the head is stored in; no gradient.
@@ -74,7 +82,7 @@ class OutputHead:
             return self.adjust(at_least_float32(self.module(hidden)[:, :vocab_size]))
         weight, bias = self.module.weight[:vocab_size], self.module.bias
         dtype = matmul_dtype(hidden, weight)
-        return self.adjust(project(hidden.to(dtype), weight.to(dtype), None if bias is None else bias[:vocab_size], scratch))
+        return self.adjust_(project(hidden.to(dtype), weight.to(dtype), None if bias is None else bias[:vocab_size], scratch))
 
 
 def output_head(student: nn.Module) -> OutputHead:

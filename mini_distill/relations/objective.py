@@ -14,6 +14,9 @@ from ..losses.catalogue import divergence_parameters, matching_parameters
 from ..targets import cache_command
 from .targets import check_cached, check_served, check_targets
 
+LOGGED_BESIDES = ("ce", "loss", "grad_norm", "learning_rate", "tokens")
+"""What metrics have under `train/` besides the divergences: a term of such a name would hide it, or be hidden."""
+
 
 def check_objective(config: Config) -> Iterator[Problem]:
     """Every term, and whether the teacher can give what it looks at."""
@@ -36,16 +39,20 @@ def check_objective(config: Config) -> Iterator[Problem]:
     for name, term in terms.items():
         yield from _check_term(term, f"objective.terms.{name}", config)
     first = objective.divergence.rpartition(".")[2]
-    if taken := set(terms) & {"ce", "loss", first}:
-        yield Problem(f"objective.terms.{min(taken)}", "has the name of another term", "Choose a name of its own, and set its kind.")
+    if first in LOGGED_BESIDES:
+        what = f"the name '{first}' is that of another figure in the metrics"
+        yield Problem("objective.divergence", what, "Rename the function.")
+    for name in sorted(set(terms) & {*LOGGED_BESIDES, first}):
+        yield Problem(f"objective.terms.{name}", "has the name of another figure or term", "Choose a name of its own, and set its kind.")
     if config.teacher.kind == "server":
         yield from check_served(config)
     elif config.teacher.cache_kind is not None:
         yield from check_targets(config, cache_command(config).cache)
     elif config.teacher.cache_dir is not None:
         yield from check_cached(config)
+    scheduled = {first: objective.kl_weight, "ce": objective.ce_weight, **{name: term.weight for name, term in terms.items()}}
     for name, points in objective.schedules.items():
-        yield from _check_schedule(name, points, [first, "ce", *terms])
+        yield from _check_schedule(name, points, scheduled)
 
 
 def _check_term(term: TermConfig, where: str, config: Config) -> Iterator[Problem]:
@@ -108,10 +115,12 @@ def _check_options(options: Mapping[str, object], kind: str, where: str, known: 
             )
 
 
-def _check_schedule(name: str, points: object, terms: list[str]) -> Iterator[Problem]:
+def _check_schedule(name: str, points: object, weights: Mapping[str, float]) -> Iterator[Problem]:
     where = f"objective.schedules.{name}"
-    if name not in terms:
-        yield Problem(where, "no term of that name", did_you_mean(name, terms) or f"Terms: {', '.join(terms)}.")
+    if name not in weights:
+        yield Problem(where, "no term of that name", did_you_mean(name, list(weights)) or f"Terms: {', '.join(weights)}.")
+    elif weights[name] == 0:
+        yield Problem(where, "given, and the term's weight is 0 at every step", "Give it a weight, which the factors multiply.")
     if not isinstance(points, Mapping) or not points:
         yield Problem(where, f"got {shown(points)}, expected a mapping", "Give {step: factor}, such as {0: 1, 1000: 0.1}.")
         return

@@ -188,7 +188,7 @@ def test_value_and_gradient_equal_a_reference_loop(
 
 
 def test_gradcheck(case: tuple[str, dict[str, Any]], divergence: Callable[..., Tensor]) -> None:
-    not_for(case, RANDOM, ("adaptive_kl",))
+    not_for(case, ("adaptive_kl",))
     teacher = logits(3, 6, seed=1)
     assert torch.autograd.gradcheck(lambda s: divergence(s, teacher, 1.5), (logits(3, 6).requires_grad_(),))
 
@@ -233,7 +233,7 @@ def test_a_constant_added_to_the_logits_changes_nothing(divergence: Callable[...
 
 def test_a_second_derivative_is_right_or_refused(case: tuple[str, dict[str, Any]], divergence: Callable[..., Tensor]) -> None:
     """That of the forward KL, whose gradient is written by hand, was 0 in silence."""
-    not_for(case, RANDOM, ("adaptive_kl",))  # the weight of the latter takes no gradient
+    not_for(case, ("adaptive_kl",))  # whose weight takes no gradient
     student, teacher = logits(3, 6).requires_grad_(), logits(3, 6, seed=1)
     if case[0] == "forward_kl":
         with pytest.raises(RuntimeError, match="there is no second derivative"):
@@ -273,7 +273,6 @@ def test_extreme_logits_stay_right_in_value_and_finite_in_gradient(
     case: tuple[str, dict[str, Any]], divergence: Callable[..., Tensor], dtype: torch.dtype, temperature: float
 ) -> None:
     """Reverse KL and JSD with a finite value had a NaN gradient when probabilities underflowed (Soup#719)."""
-    not_for(case, RANDOM)
     one_hot, other, flat, steep = [80.0, -80, -80, -80], [-80.0, 80, -80, -80], [0.0, 0, 0, 0], [1e4, 0.0, -1e4, 0]
     pairs = list(itertools.product([one_hot, other, flat, steep], repeat=2))
     student = torch.tensor([s for s, _ in pairs], dtype=dtype, requires_grad=True)
@@ -281,7 +280,7 @@ def test_extreme_logits_stay_right_in_value_and_finite_in_gradient(
     value = divergence(student, teacher, temperature)
     value.sum().backward()
     assert student.grad is not None and student.grad.isfinite().all() and value.isfinite().all()
-    if case[0] not in RANKINGS:  # which of several equal tokens are on top is left open
+    if case[0] not in (*RANKINGS, *RANDOM):  # which of several equal tokens are on top is left open
         torch.testing.assert_close(value.double(), reference_values(case, student, teacher, temperature), rtol=1e-5, atol=1e-6)
 
 
@@ -289,12 +288,12 @@ def test_the_vocabulary_is_the_last_axis_whatever_stands_before(
     case: tuple[str, dict[str, Any]], divergence: Callable[..., Tensor]
 ) -> None:
     """With dim=1 hard-coded, (N, C) is right and (batch, seq, vocab) wrong (torchdistill)."""
-    not_for(case, RANDOM)
     student, teacher = logits(2, 3, 5), logits(2, 3, 5, seed=1)
     value = divergence(student, teacher)
     assert value.shape == (2, 3)
     torch.testing.assert_close(value.flatten(), divergence(student.flatten(0, 1), teacher.flatten(0, 1)))
-    torch.testing.assert_close(value[1, 2], divergence(student[1, 2], teacher[1, 2]))
+    if case[0] not in RANDOM:  # whose draws for one token are others
+        torch.testing.assert_close(value[1, 2], divergence(student[1, 2], teacher[1, 2]))
 
 
 def test_forward_and_reverse_are_not_swapped() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import faulthandler
+import itertools
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from emulated_gpu import emulated_gpu
 from fused_cases import (
     EXACT,
     NAMES,
@@ -39,7 +42,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
 from mini_distill.data.batch import Batch
-from mini_distill.losses import divergences
+from mini_distill.losses import divergences, linear
 from mini_distill.losses.linear import Scratch
 from mini_distill.losses.objective import DivergenceTerm, Objective
 from mini_distill.losses.reduction import IGNORE_INDEX, loss_mask, supervised_targets
@@ -591,7 +594,7 @@ def test_no_tensor_is_larger_than_a_chunk(name: str, kind: str) -> None:
         given = case(tokens=tokens, vocab=4096, hidden=8, teacher_hidden=8, dtype=torch.float32)
         if kind == "called":
             given.head.module = Subclass.of(given.head.module)
-        objective = objective_of(name, memory_mib=rows_mib(32, 4096))
+        objective = objective_of(name, memory_mib=rows_mib(32, 4096) * (1.5 if kind == "called" else 1))  # what it gives is copied
         with Recorded() as recorded:
             objective.fused(given.hidden, given.head, given.teacher, given.targets).loss.backward()
         assert given.hidden.grad is not None and given.hidden.grad.any()
@@ -600,6 +603,64 @@ def test_no_tensor_is_larger_than_a_chunk(name: str, kind: str) -> None:
     with Recorded() as recorded:  # whole logits would show
         objective(given.head.logits(given.hidden), given.teacher.logits(), given.targets).loss.backward()
     assert recorded.largest >= 512 * 4096
+
+
+class Alive(TorchDispatchMode):
+    """The most bytes that the results of operations held at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most, self.now, self.known = 0, 0, set[int]()
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        given = function(*arguments, **(keywords or {}))
+        for tensor in given if isinstance(given, tuple | list) else [given]:
+            if isinstance(tensor, Tensor) and (place := tensor.untyped_storage()._cdata) not in self.known:
+                size = tensor.untyped_storage().nbytes()
+                self.known.add(place)
+                self.now += size
+                self.most = max(self.most, self.now)
+                weakref.finalize(tensor.untyped_storage(), self._gone, place, size)
+        return given
+
+    def _gone(self, place: int, size: int) -> None:
+        self.known.discard(place)
+        self.now -= size
+
+
+def most_alive(name: str, given: Case, budget: float, further: list[DivergenceTerm] | None = None) -> float:
+    """In MiB."""
+    objective = objective_of(name, memory_mib=budget, further=further or [])
+    with Alive() as alive:
+        objective.fused(given.hidden, given.head, given.teacher, given.targets).loss.backward()
+    return alive.most / 2**20
+
+
+WIDE: dict[str, Any] = {"tokens": 512, "vocab": 8192, "hidden": 8, "teacher_hidden": 8, "dtype": torch.float32}  # 32 MiB of logits
+BUDGET = 16.0
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [*((name, "plain") for name in NAMES), *itertools.product(("forward_kl", "adaptive_kl"), ("soft-capped", "called"))],
+)
+def test_what_is_alive_at_once_is_the_budget_and_a_few_tiles(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A soft-capped teacher's logits stood there three times: two and a half times the budget, with every divergence."""
+    given = case(**WIDE, softcap=30.0 if kind == "soft-capped" else None)
+    if kind == "called":
+        for head in (given.head, given.teacher.head):
+            head.module = Subclass.of(head.module)
+    monkeypatch.setattr(linear, "TILE", 2**17)
+    tiles = 20 * linear.TILE * 4 / 2**20
+    assert 0.9 * BUDGET < most_alive(name, given, BUDGET) < BUDGET + tiles == 1.625 * BUDGET
+
+
+def test_on_a_gpu_too_terms_that_are_not_compiled_see_a_tile_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They saw a whole chunk, of which one divergence makes eight times the budget, and all of them twenty times."""
+    monkeypatch.setattr(linear, "GPU_TILE", 2**16)
+    further = [DivergenceTerm(other, getattr(divergences, other), 0.1) for other in EXACT if other != "forward_kl"]
+    with emulated_gpu():
+        assert most_alive("forward_kl", case(**WIDE), BUDGET, further) < 2 * BUDGET
 
 
 def test_a_narrow_head_is_never_widened_as_a_whole() -> None:
