@@ -224,11 +224,12 @@ def _count(*_: object) -> None:
 
 @dataclass
 class _Peer:
-    """Another process: what it wrote last, and when that was new."""
+    """Another process: what it wrote last, when that was new, and whether its process was gone before it was read."""
 
     text: bytes = b""
     heard: float = 0.0
     beat: dict[str, Any] = field(default_factory=dict)
+    gone: bool = False
 
     @property
     def silent(self) -> float:
@@ -371,6 +372,14 @@ class _Watch:
             for peer in self._peers.values():
                 peer.heard = time.monotonic()
         self._looked = time.monotonic()
+        here = [peer for peer in self._peers.values() if peer.is_here and peer.beat["machine"] == self.own["machine"]]
+        gone = [peer for peer in here if not peer.lives()]  # looked at first: its last words are then there to be read
+        self._read_store()
+        for peer in gone:
+            peer.gone = True  # said nothing more, else another stands in its place
+        self._exchanged.set()
+
+    def _read_store(self) -> None:
         if self._store is None:
             return
         self._beats += 1
@@ -382,7 +391,6 @@ class _Watch:
                     self._peers[rank] = _Peer(text, time.monotonic(), json.loads(text))
             if len(came) == len(self._peers):
                 self._all_came.set()
-        self._exchanged.set()
 
     def _last_exchange(self) -> None:
         """Who keeps the store stays a little, until the others have read it and left."""
@@ -401,7 +409,7 @@ class _Watch:
                 continue
             process = f"process {peer.beat['pid']} on {peer.beat['host']}"
             if peer.beat["machine"] == self.own["machine"]:
-                if not peer.lives():
+                if peer.gone:
                     return _Found(self._error(peer, f"gone without a word ({process}): killed, or out of memory"), GRACE)
                 if peer.silent > STOPPED and is_stopped(peer.beat["pid"]):
                     return _Found(self._error(peer, f"stopped for {peer.silent:.0f} s ({process}), and now killed"))

@@ -530,12 +530,12 @@ def test_without_gradients_it_is_the_value_alone(kind: str, without: Callable[[]
         given.head.module = Subclass.of(given.head.module)
     expected = plain(given, objective_of())
     with without(), Recorded() as recorded:
-        result = objective_of(memory_mib=rows_mib(3)).fused(given.hidden, given.head, given.teacher, given.targets)
+        result = objective_of(memory_mib=rows_mib(5)).fused(given.hidden, given.head, given.teacher, given.targets)
     assert not result.loss.requires_grad and result.loss.grad_fn is None
     assert result.loss.item() == pytest.approx(expected.loss.item())
     assert all(leaf.grad is None for leaf in given.head.module.parameters())
     products = [name for name in recorded.names if name.startswith(("aten.mm", "aten.addmm", "aten.linear"))]
-    assert len(products) <= 2 * 3 + 2, products  # one for the student and one for the teacher in each of three chunks: no backward
+    assert len(products) <= 2 * 3 + 2, products  # one for the student and one for the teacher in each of at most three chunks: no backward
 
 
 def assert_near_under_autocast(one: Found, other: Found) -> None:

@@ -76,11 +76,43 @@ def test_a_machine_that_is_not_heard_of_is_named_with_host_and_process(watch: _W
 def test_a_dead_process_of_this_machine_is_gone_unless_it_has_left(watch: _Watch) -> None:
     with child() as pid:
         hear(watch, pid=pid, start="")
+        watch._exchange()
         assert watch._find(SILENT) is None
+    watch._exchange()
     found = watch._find(SILENT)
     assert found is not None and "rank 1, step 7: gone without a word" in str(found.error) and found.grace > 0
     hear(watch, pid=pid, start="", left={"code": 0})
+    watch._exchange()
     assert watch._find(SILENT) is None
+
+
+def test_the_last_words_of_one_who_has_just_left_are_read_before_it_is_called_gone(watch: _Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both had saved and rank 1 was a little quicker: its beat was read, it left, its process was gone, and rank 0 ended in an error."""
+
+    class Store:
+        """What rank 1 has written."""
+
+        def __init__(self, said: bytes) -> None:
+            self.said = said
+
+        def set(self, key: str, value: str) -> None: ...
+
+        def multi_get(self, keys: list[str]) -> list[bytes]:
+            return [self.said for _ in keys]
+
+    with child() as pid:
+        hear(watch, pid=pid, start="")
+        store = Store(watch._peers[1].text)
+        monkeypatch.setattr(watch, "_store", store)
+        watch._exchange()
+    assert watch._find(SILENT) is None  # what was read is older than its end
+    store.said = json.dumps({**watch._peers[1].beat, "left": {"code": 0}}).encode()
+    watch._exchange()
+    assert watch._find(SILENT) is None and not watch._peers[1].is_here
+    hear(watch, pid=pid, start="")
+    store.said = watch._peers[1].text
+    watch._exchange()
+    assert watch._find(SILENT) is not None  # it has said nothing more
 
 
 def test_a_stopped_process_of_this_machine_is_found_after_a_while(watch: _Watch) -> None:
@@ -135,6 +167,7 @@ def test_an_error_of_another_process_is_told_in_its_words(watch: _Watch, error: 
 def test_who_is_gone_is_told_before_those_who_ended_because_of_it(watch: _Watch, monkeypatch: pytest.MonkeyPatch) -> None:
     hear(watch, left={"code": 8, "where": "rank 1, step 7", "what": "another process of the group is gone"})
     watch._peers[2] = _Peer(b"", time.monotonic(), {**watch._said(), "rank": 2, "pid": 2**22 + 1})
+    watch._exchange()
     found = watch._find(SILENT)
     assert found is not None and str(found.error).startswith("rank 2, step 7: gone without a word")
 
