@@ -901,7 +901,7 @@ def sharded(student: LanguageModel, head_apart: bool = False, **root: Any) -> La
 
 @forks
 @SHARES
-@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("how", ["at once", "accumulated", "recomputed"])
 @pytest.mark.parametrize(
     "root",
     [
@@ -913,17 +913,17 @@ def sharded(student: LanguageModel, head_apart: bool = False, **root: Any) -> La
     ],
     ids=["default", "resharded"],
 )
-def test_fsdp_gives_the_gradients_of_one_process(
-    models: Models, supervised: tuple[int, ...], root: dict[str, bool], accumulate: bool
-) -> None:
+def test_fsdp_gives_the_gradients_of_one_process(models: Models, supervised: tuple[int, ...], root: dict[str, bool], how: str) -> None:
     expected = expected_gradients(models, supervised)
 
     def body(rank: int) -> None:
         with process_group(rank):
             student, teacher = models()
+            if how == "recomputed":
+                student.model.activation_checkpointing_enable({"use_reentrant": False})
             sharded(student, **root)
             batch = rows_of_rank(rank, supervised)
-            parts = batch.split_rows() if accumulate else [batch]
+            parts = batch.split_rows() if how == "accumulated" else [batch]
             for _ in range(2):  # a second step begins from what the first has left
                 student.zero_grad()
                 for part in parts:
