@@ -21,7 +21,7 @@ from types import ModuleType
 from .cli import report as report_error
 from .errors import ConfigError, MiniDistillError
 from .evaluation.printable import printable
-from .reporting.comparison import text_differs
+from .reporting.comparison import warning_of_text
 from .reporting.measured import Measured, check_something_is_measured, open_measured
 from .reporting.page import page_of_run, page_of_several, page_of_sweep
 from .reporting.sweep import Sweep, is_sweep, open_sweep, runs_below
@@ -78,8 +78,8 @@ def _lines_of_sweep(sweep: Sweep) -> Iterator[str]:
     """What to do next: what is missing, which setting is the best, and how to train it again."""
     for missing in sweep.missing:
         yield f"Not finished: {missing.name}: {missing.state}, {missing.why}"
-    if text_differs(sweep.groups):
-        yield "Not all were measured on the same held-out text: losses and perplexities of different text do not compare."
+    if warning := warning_of_text(sweep.groups):
+        yield warning
     yield as_text(best_of_sweep(sweep))
     if sweep.command:
         yield f"To train it again: {sweep.command}"

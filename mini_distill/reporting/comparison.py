@@ -274,10 +274,11 @@ def _teacher_row(groups: Sequence[Group], keys: Sequence[tuple[str, ...]]) -> li
     return cells if any(cells) and len(of_each) == 1 else None
 
 
-def text_differs(groups: Sequence[Group]) -> bool:
-    """Whether the groups were measured on different held-out text, or on another part of it."""
+def warning_of_text(groups: Sequence[Group]) -> str:
+    """What is to be said where the groups were measured on different held-out text, or on another part of it; else ""."""
     data = {key for key in differing([group.members[0] for group in groups]) if key.startswith("data.") and key not in SAME_TEXT}
-    return bool(data) or len({group.mean("eval/tokens") for group in groups if group.has_figures}) > 1
+    differs = bool(data) or len({group.mean("eval/tokens") for group in groups if group.has_figures}) > 1
+    return "Not all were measured on the same held-out text: losses and perplexities of different text do not compare." if differs else ""
 
 
 def settings_that_differ(groups: Sequence[Group]) -> Table | None:

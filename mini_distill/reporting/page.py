@@ -126,7 +126,7 @@ def _page_of_groups(groups: Sequence[comparison.Group], **further: Any) -> str:
         .render(
             groups=groups,
             runs=[run for group in groups for run in group.members],
-            text_differs=comparison.text_differs(groups),
+            warning_of_text=comparison.warning_of_text(groups),
             trade_offs=comparison.trade_offs(groups),
             overlaid=comparison.overlaid(groups),
             same_objective=comparison.same_objective(groups),

@@ -19,8 +19,8 @@ from mini_distill.reporting.comparison import (
     overview,
     same_objective,
     settings_that_differ,
-    text_differs,
     trade_offs,
+    warning_of_text,
 )
 from mini_distill.reporting.figures import Figure, Numbered
 from mini_distill.reporting.measured import open_measured
@@ -190,7 +190,7 @@ def test_a_run_without_figures_spoils_no_comparison(tmp_path: Path) -> None:
     runs = open_all(write_run(tmp_path / "a"), write_run(tmp_path / "b", "objective=jsd"))
     killed = open_all(write_run(tmp_path / "k", "objective.temperature=3", summary=None))
     groups = grouped([*killed, *runs])
-    assert not text_differs(groups) and overview(groups).rows[-1][0] == "teacher"
+    assert not warning_of_text(groups) and overview(groups).rows[-1][0] == "teacher"
 
 
 def test_the_table_has_all_runs_and_the_teacher_they_share(tmp_path: Path) -> None:
@@ -233,9 +233,9 @@ def test_losses_of_different_text_are_not_compared_in_silence(tmp_path: Path) ->
     usual, objective = write_run(tmp_path / "a"), write_run(tmp_path / "b", "objective=jsd")
     longer = write_run(tmp_path / "c", "data.seq_len=128")
     fewer = write_run(tmp_path / "d", "seed=4", "objective=jsd", summary=summary(3.5, 8) | {"eval/tokens": 100.0})
-    assert not text_differs(grouped(open_all(usual, objective)))
-    assert text_differs(grouped(open_all(usual, longer)))
-    assert text_differs(grouped(open_all(usual, fewer)))
+    assert not warning_of_text(grouped(open_all(usual, objective)))
+    assert warning_of_text(grouped(open_all(usual, longer)))
+    assert warning_of_text(grouped(open_all(usual, fewer)))
 
 
 def test_quality_is_set_against_costs_that_differ(tmp_path: Path) -> None:

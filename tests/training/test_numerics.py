@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
 from mini_distill.config import Config
 from mini_distill.errors import OutOfMemory
-from mini_distill.training.numerics import clip_gradient, memory_errors
+from mini_distill.relations.objective import LOGGED_BESIDES
+from mini_distill.training.numerics import clip_gradient, memory_errors, step_metrics
 
 
 @pytest.mark.parametrize(
@@ -47,3 +51,11 @@ def test_the_norm_is_that_before_clipping() -> None:
         model.weight.grad = torch.tensor([[3.0, 4.0]])
         assert clip_gradient(model, limit).item() == pytest.approx(5.0)
         assert model.weight.grad.norm().item() == pytest.approx(left, rel=1e-4)
+
+
+def test_no_term_may_have_the_name_of_what_every_step_logs_besides() -> None:
+    """A term called grad_norm was overwritten by it, and one called loss overwrote what was optimised."""
+    d: Any = SimpleNamespace(accelerator=SimpleNamespace(num_processes=1), config=Config())
+    one = torch.ones(())
+    logged = step_metrics(d, {"loss": one, "ce": one}, one, one, step=1)
+    assert {key.removeprefix("train/") for key in logged} == set(LOGGED_BESIDES)
